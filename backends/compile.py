@@ -1,0 +1,42 @@
+"""torch.compile over the sdpa backend: every block is compiled once and the code is shared by all of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+import torch._dynamo
+from torch import nn
+
+from ca2vdm_backends.sdpa import SdpaBackend
+from ca2vdm_cli.attention import Backend
+from ca2vdm_cli.hookspecs import hookimpl
+
+
+class CompileBackend(SdpaBackend):
+    """Regional compilation with static shapes.
+
+    Denoising a chunk and writing it to the cache are the only shapes that repeat, so nothing is compiled after the
+    first chunk, and nothing when the ring of the cache wraps: slots and masks are tensors, not numbers.
+    """
+
+    name = "compile"
+    description = "torch.compile over sdpa (needs a C++ compiler on the CPU; compiles during the first chunk)"
+    priority = 5  # below sdpa: a short run does not win back the time it takes to compile
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+            return "no C++ compiler found (install g++ or set CXX)"
+        return None
+
+    def prepare(self, block: nn.Module) -> None:
+        # A block has a handful of shapes (denoise, write, first and last block); several models may share a process.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        block.compile(fullgraph=True, dynamic=False)
+
+
+@hookimpl
+def ca2vdm_register_backends(register: Callable[[Backend], None]) -> None:
+    register(CompileBackend())

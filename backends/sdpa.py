@@ -1,0 +1,50 @@
+"""PyTorch's fused scaled_dot_product_attention, and the flash-attn package where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ca2vdm_cli.attention import Backend
+from ca2vdm_cli.hookspecs import hookimpl
+
+
+def _flash_attn() -> Callable[..., Any] | None:
+    """``flash_attn_func`` of the flash-attn package, or None where it is not installed or does not load."""
+    try:
+        from flash_attn import flash_attn_func
+    except (ImportError, OSError):
+        return None
+    return flash_attn_func  # type: ignore[no-any-return]
+
+
+class SdpaBackend(Backend):
+    """Fused attention. PyTorch picks among flash, memory-efficient, cuDNN and math kernels by device, type and mask.
+
+    With the flash-attn package on a GPU, unmasked half-precision attention goes there instead. That path was never run
+    by the authors, who had no such GPU.
+    """
+
+    name = "sdpa"
+    description = "fused attention (flash, memory-efficient and cuDNN kernels where the device has them)"
+    priority = 10
+
+    def __init__(self) -> None:
+        self._flash_attn: Callable[..., Any] | None = None
+        if torch.cuda.is_available():
+            self._flash_attn = _flash_attn()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self._flash_attn is not None and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+            out: Tensor = self._flash_attn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (N, Q, H, E)
+            return out.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@hookimpl
+def ca2vdm_register_backends(register: Callable[[Backend], None]) -> None:
+    register(SdpaBackend())

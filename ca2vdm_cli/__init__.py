@@ -1,0 +1,29 @@
+"""Long video generation with a causal video diffusion model (Ca2-VDM): the library behind the ``ca2vdm`` command.
+
+The names in ``__all__`` are the Python API. Each is imported when it is first used, so that ``import ca2vdm_cli`` is
+instant and does not bring in torch.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {  # name: the module it lives in
+    "LoadedPreset": "presets",
+    "UserError": "errors",
+    "backends": "plugins",
+    "choose_backend": "plugins",
+    "list_presets": "presets",
+    "load_preset": "presets",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,370 @@
+"""What can be configured, and what each setting means.
+
+These are plain dataclasses that pydantic validates when they are made, so that an impossible combination fails here and
+not deep inside a run. Presets (``presets.py``) are read into them; nothing in this module imports torch.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class TemporalPositions(str, Enum):
+    """How a frame's place in time enters temporal attention."""
+
+    CYCLIC = "cyclic"
+    """A table that wraps: frame f uses entry f modulo the table's length (the paper's choice)."""
+    ROPE = "rope"
+    """Rotary embedding of queries and keys at the frame number."""
+    ABSOLUTE = "absolute"
+    """A table that does not wrap; the video cannot outgrow it."""
+
+
+class SpatialPrefix(str, Enum):
+    """What a noisy frame sees of the clean frames in prefix-enhanced spatial attention."""
+
+    PREV_FRAMES = "prev_frames_k"
+    """The tokens of the last ``spatial_prefix_frames`` clean frames; a clean frame sees its own tokens."""
+    FIRST_FRAME = "first_frame"
+    """Every frame, clean or noisy, sees the first frame."""
+    NONE = "none"
+    """The layer is absent."""
+
+
+class Causality(str, Enum):
+    """Who sees whom in temporal attention."""
+
+    CAUSAL = "causal"
+    """A frame sees itself and earlier frames."""
+    PARTIAL = "partial"
+    """Clean frames are causal; the noisy frames of one chunk also see each other."""
+
+
+class Prediction(str, Enum):
+    """What the network's first C output channels stand for."""
+
+    EPSILON = "epsilon"
+    """The noise that was added (published)."""
+    V = "v"
+    """alpha · noise - sigma · latent (Salimans & Ho 2022); better behaved with few steps."""
+
+
+class BetaSchedule(str, Enum):
+    """How noise grows over the training timesteps."""
+
+    LINEAR = "linear"
+    """Betas evenly spaced from 1e-4 to 2e-2 (published)."""
+    COSINE = "cosine"
+    """Squared-cosine cumulative product (Nichol & Dhariwal 2021)."""
+
+
+class Schedule(str, Enum):
+    """What the learning rate does after the warm-up."""
+
+    CONSTANT = "constant"
+    """It stays (published)."""
+    COSINE = "cosine"
+    """It falls to zero along half a cosine, at the last step."""
+
+
+class AutoencoderKind(str, Enum):
+    """What turns frames into latents."""
+
+    NONE = "none"
+    """Nothing: the preset works on latents only (benchmarks)."""
+    CONV = "conv"
+    """The small convolutional autoencoder of this package."""
+    DIFFUSERS = "diffusers"
+    """An ``AutoencoderKL`` of the diffusers library (extra ``latent``)."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """The causal video diffusion transformer: sizes, context, positions and options."""
+
+    depth: Count
+    """Number of transformer blocks."""
+    hidden_size: Count
+    """Width D of a token."""
+    num_heads: Count
+    """Attention heads; they divide ``hidden_size``."""
+    latent_height: Count
+    """Height of a latent frame."""
+    latent_width: Count
+    """Width of a latent frame."""
+    in_channels: Count = 4
+    """Channels C of a latent frame."""
+    patch_size: Count = 2
+    """Side of the square of latent pixels that becomes one token."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Width of the MLP's hidden layer, as a multiple of ``hidden_size``."""
+    context_frames: Count = 25
+    """P_max: how many clean frames a chunk sees at most (the window, the capacity of the cache)."""
+    chunk_frames: Count = 8
+    """l: how many frames are denoised together."""
+    sink_frames: Annotated[int, Field(ge=0)] = 0
+    """How many of the video's first frames are never evicted from the cache; they count against ``context_frames``."""
+    temporal_positions: TemporalPositions = TemporalPositions.CYCLIC
+    """How frames are told apart in time."""
+    position_table: Annotated[int, Field(ge=0)] = 0
+    """Entries of the temporal position table; 0 means ``context_frames + chunk_frames``."""
+    spatial_prefix: SpatialPrefix = SpatialPrefix.PREV_FRAMES
+    """What prefix-enhanced spatial attention looks at."""
+    spatial_prefix_frames: Count = 3
+    """k: clean frames that prefix-enhanced spatial attention looks at (``prev_frames_k`` only)."""
+    causality: Causality = Causality.CAUSAL
+    """Whether the noisy frames of a chunk see each other."""
+    mask_channel: bool = False
+    """Tell the first temporal attention which frames are clean through an extra input channel."""
+    text_channels: Annotated[int, Field(ge=0)] = 0
+    """Width of the text encoder's embeddings; 0 leaves out text cross-attention."""
+    text_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of a caption, padding included."""
+    learn_variance: bool = True
+    """Predict C further channels that interpolate the variance of the ancestral sampler."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(message)
+
+        need(self.hidden_size % self.num_heads == 0, f"num_heads: {self.num_heads} must divide hidden_size {self.hidden_size}")
+        need(self.hidden_size % 4 == 0, f"hidden_size: {self.hidden_size} must be a multiple of 4 (2-D sin-cos positions)")
+        for side in ("latent_height", "latent_width"):
+            size = getattr(self, side)
+            need(size % self.patch_size == 0, f"{side}: {size} must be a multiple of patch_size {self.patch_size}")
+        need(
+            self.chunk_frames <= self.context_frames,
+            f"chunk_frames: {self.chunk_frames} must be at most context_frames {self.context_frames}",
+        )
+        need(
+            self.sink_frames <= self.context_frames - self.chunk_frames,
+            f"sink_frames: {self.sink_frames} must be at most context_frames - chunk_frames = {self.context_frames - self.chunk_frames}",
+        )
+        need(
+            self.spatial_prefix is not SpatialPrefix.PREV_FRAMES or self.spatial_prefix_frames <= self.context_frames,
+            f"spatial_prefix_frames: {self.spatial_prefix_frames} must be at most context_frames {self.context_frames}",
+        )
+        need(
+            self.table_length >= self.context_frames + self.chunk_frames or self.temporal_positions is TemporalPositions.ROPE,
+            f"position_table: {self.table_length} must hold context_frames + chunk_frames = "
+            f"{self.context_frames + self.chunk_frames} frames with {self.temporal_positions.value} positions",
+        )
+        need(
+            self.temporal_positions is not TemporalPositions.ROPE or self.head_size % 2 == 0,
+            f"num_heads: rope positions need an even head size, not {self.head_size}",
+        )
+        need(
+            (self.text_channels > 0) == (self.text_tokens > 0),
+            f"text_tokens: {self.text_tokens} must be positive exactly when text_channels ({self.text_channels}) is",
+        )
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """S: tokens of one latent frame."""
+        return (self.latent_height // self.patch_size) * (self.latent_width // self.patch_size)
+
+    @property
+    def table_length(self) -> int:
+        """Entries of the temporal position table (33 in the paper)."""
+        return self.position_table or self.context_frames + self.chunk_frames
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output: the prediction and, with ``learn_variance``, the variance."""
+        return self.in_channels * (2 if self.learn_variance else 1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DiffusionConfig:
+    """The noise process that the model was trained with."""
+
+    train_timesteps: Count = 1000
+    """Timesteps of the training process."""
+    beta_schedule: BetaSchedule = BetaSchedule.LINEAR
+    """How noise grows over the timesteps."""
+    prediction: Prediction = Prediction.EPSILON
+    """What the network predicts."""
+    prefix_noise: tuple[int, int] | None = None
+    """Perturb clean prefix frames with noise of a timestep drawn from this range, in training and sampling alike."""
+    unconditional_start: bool = False
+    """Whether the weights were trained to begin from an empty context; otherwise sampling asks for a first frame."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DiffusionConfig:
+        if self.prefix_noise is not None:
+            low, high = self.prefix_noise
+            if not 0 <= low <= high < self.train_timesteps:
+                raise ValueError(
+                    f"prefix_noise: {[low, high]} must be two ascending timesteps from 0 to {self.train_timesteps - 1}"
+                )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class VideoConfig:
+    """The pixels that go in and come out."""
+
+    height: Count
+    """Height of a frame in pixels."""
+    width: Count
+    """Width of a frame in pixels."""
+    channels: Annotated[int, Field(ge=1, le=3)] = 3
+    """1 for gray, 3 for RGB."""
+    fps: Annotated[float, Field(gt=0)] = 8.0
+    """Frames per second of generated video."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AutoencoderConfig:
+    """What turns frames into latents and back."""
+
+    kind: AutoencoderKind = AutoencoderKind.NONE
+    """Which autoencoder."""
+    path: str | None = None
+    """diffusers: a local folder or a hub name."""
+    scale_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Latents are multiplied by this so that their standard deviation is near 1 (0.18215 for the SD autoencoder)."""
+    downsample: Annotated[int, Field(ge=2)] = 8
+    """Pixels per latent pixel along each side (conv: an even number)."""
+    base_channels: Count = 48
+    """conv: width of the feature maps at twice the latents' size; at the latents' size they are twice as wide."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AutoencoderConfig:
+        if self.kind is AutoencoderKind.CONV and self.downsample % 2:
+            raise ValueError(f"downsample: {self.downsample} must be even for the conv autoencoder")
+        if self.kind is AutoencoderKind.DIFFUSERS and self.path is None:
+            raise ValueError("path: the diffusers autoencoder needs a local folder or a hub name")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SamplingConfig:
+    """How the weights are best sampled."""
+
+    sampler: str = "ancestral"
+    """Name of the sampler: ancestral, ddim, dpm++, or a diffusers scheduler's class name."""
+    steps: Count = 100
+    """Denoising steps N of a chunk."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Classifier-free guidance; 1 turns it off (text models only)."""
+    frames: Count = 32
+    """Frames that ``sample`` and ``extend`` make unless told otherwise."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SyntheticDataConfig:
+    """The moving-digits generator: handwritten digits that drift and bounce off the borders."""
+
+    digits: Count = 1
+    """Digits in a frame."""
+    images_per_class: Count = 10
+    """How many handwritten images of each class are used, of those shipped with the package."""
+    min_speed: Annotated[float, Field(gt=0)] = 1.5
+    """Slowest speed in pixels per frame."""
+    max_speed: Annotated[float, Field(gt=0)] = 4.0
+    """Fastest speed in pixels per frame."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SyntheticDataConfig:
+        if self.max_speed < self.min_speed:
+            raise ValueError(f"max_speed: {self.max_speed} must be at least min_speed {self.min_speed}")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainingConfig:
+    """The clean-prefix objective and its optimizer."""
+
+    steps: Count = 10_000
+    """Optimizer steps."""
+    batch_size: Count = 8
+    """Clips per step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """AdamW's peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0."""
+    schedule: Schedule = Schedule.CONSTANT
+    """What the learning rate does after the warm-up."""
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
+    ema_decay: Share = 0.9999
+    """Decay of the exponential moving average of the weights."""
+    prefix_lengths: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Prefix lengths that each step draws one from (0 is the empty context); by default 1, 1+l, 1+2l, … (published)."""
+    variance_weight: Annotated[float, Field(ge=0)] = 1e-3
+    """Weight of the variational term that trains the variance channels."""
+    checkpoint_every: Count = 500
+    """Steps between checkpoints."""
+    autoencoder_steps: Annotated[int, Field(ge=0)] = 0
+    """conv autoencoder: steps of its own training, before the model's, when it has no weights."""
+    autoencoder_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """conv autoencoder: peak learning rate."""
+    autoencoder_batch_size: Count = 32
+    """conv autoencoder: pictures per step."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Preset:
+    """Everything that belongs to one set of weights: a model, its data, how it was trained and how to sample it."""
+
+    description: str
+    """One line for ``ca2vdm presets``."""
+    model: ModelConfig
+    """The network."""
+    diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
+    """The noise process."""
+    video: VideoConfig | None = None
+    """Pixels; absent for presets that work on latents only."""
+    autoencoder: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
+    """Between pixels and latents."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    """How to sample."""
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    """How to train."""
+    synthetic_data: SyntheticDataConfig | None = None
+    """Training data made on the fly; without it ``train`` needs ``--data``."""
+    weights: str | None = None
+    """The model's safetensors file, beside the preset's own."""
+    autoencoder_weights: str | None = None
+    """The conv autoencoder's safetensors file, beside the preset's own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Preset:
+        if (self.video is None) != (self.autoencoder.kind is AutoencoderKind.NONE):
+            raise ValueError("video: needed exactly when autoencoder.kind is not none")
+        if self.video is not None and self.autoencoder.kind is not AutoencoderKind.NONE:
+            for side in ("height", "width"):
+                pixels, latent = getattr(self.video, side), getattr(self.model, f"latent_{side}")
+                if pixels != latent * self.autoencoder.downsample:
+                    raise ValueError(
+                        f"video.{side}: {pixels} must be model.latent_{side} {latent} times "
+                        f"autoencoder.downsample {self.autoencoder.downsample} = {latent * self.autoencoder.downsample}"
+                    )
+        if self.synthetic_data is not None and self.video is None:
+            raise ValueError("synthetic_data: needs a video section")
+        for prefix in self.training.prefix_lengths or ():
+            if prefix > self.model.context_frames:
+                raise ValueError(
+                    f"training.prefix_lengths: {prefix} must be at most model.context_frames {self.model.context_frames}"
+                )
+        return self

@@ -1,0 +1,254 @@
+"""The layers of the transformer: embeddings, the four attentions, the MLP.
+
+Parameter names are those of the published checkpoint. Shape letters: B batch, T frames (P clean, then L noisy), S tokens
+a frame, D width, H heads, E head size, R slots of the temporal ring, K frames of the spatial prefix, M text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Backend
+from .config import ModelConfig, SpatialPrefix, TemporalPositions
+from .kv_cache import FramePlan, LayerCache, TextKeysValues
+
+
+def sincos_1d(positions: Tensor, size: int) -> Tensor:
+    """Sine-cosine embedding of positions (N,) into (N, size): sines first, base 10000 (Vaswani et al. 2017)."""
+    frequency = 10_000.0 ** -(torch.arange(size // 2, dtype=torch.float64) / (size / 2))
+    angle = positions.to(torch.float64)[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+def sincos_2d(height: int, width: int, size: int) -> Tensor:
+    """(height*width, size): the first half of the channels tells the column, the second the row (as in DiT)."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.cat([sincos_1d(columns.flatten(), size // 2), sincos_1d(rows.flatten(), size // 2)], dim=1)
+
+
+def rope_angles(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, E) of rotary embedding, in pairs of neighbours, base 10000 (Su et al. 2021).
+
+    Angles are computed in float64: at frame 10⁵ a float32 angle is off by more than a hundredth.
+    """
+    frequency = 10_000.0 ** -(torch.arange(0, head_size, 2, dtype=torch.float64, device=positions.device) / head_size)
+    angle = (positions.to(torch.float64)[..., None] * frequency).repeat_interleave(2, dim=-1)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the last dimension: x (..., T, E) by angles (T, E)."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Latent frames to tokens, (B, C, T, h, w) -> (B, T, S, D): a convolution whose stride is its kernel (1, p, p)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        p = self.patch_size = config.patch_size
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=(1, p, p), stride=(1, p, p))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, t, h, w = x.shape
+        p = self.patch_size
+        patches = x.view(b, c, t, h // p, p, w // p, p).permute(0, 2, 3, 5, 1, 4, 6)  # (B, T, h/p, w/p, C, p, p)
+        patches = patches.reshape(b, t, (h // p) * (w // p), c * p * p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (N,) to vectors (N, D), through 256 sinusoidal features (cosines first)."""
+
+    features = 256
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        half = self.features // 2
+        frequency = torch.exp(-math.log(10_000) / half * torch.arange(half, device=timestep.device))
+        angle = timestep.float()[:, None] * frequency
+        out: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        return out
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
+
+
+class CaptionEmbedder(nn.Module):
+    """Text embeddings (B, M, text_channels) to width D, and the stored caption of the unconditional branch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.y_proj = Mlp(config.text_channels, config.hidden_size, config.hidden_size)
+        self.y_embedding: Tensor
+        unconditional = torch.randn(config.text_tokens, config.text_channels) / config.text_channels**0.5
+        self.register_buffer("y_embedding", unconditional)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        out: Tensor = self.y_proj(embedding)
+        return out
+
+
+class SelfAttention(nn.Module):
+    """What the self-attentions share: the projections, and the backend's kernel between them."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__()
+        self.heads, self.head_size = config.num_heads, config.head_size
+        self.attend = backend.attend
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def project(self, x: Tensor, first: int = 0, last: int = 3) -> tuple[Tensor, ...]:
+        """The parts ``first`` to ``last`` of (q, k, v), each (..., S, D) -> (..., S, H, E)."""
+        width = x.shape[-1]
+        rows = slice(first * width, last * width)
+        out = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
+        return out.unflatten(-1, (last - first, self.heads, self.head_size)).unbind(-3)
+
+    def merge(self, out: Tensor) -> Tensor:
+        """Heads side by side and through the output projection, (..., H, E) -> (..., D)."""
+        merged: Tensor = self.proj(out.flatten(-2))
+        return merged
+
+
+class SpatialAttention(SelfAttention):
+    """Each frame's tokens attend to each other, (B, T, S, D) -> (B, T, S, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in self.project(x))  # (B*T, H, S, E)
+        return self.merge(self.attend(q, k, v).transpose(1, 2)).view_as(x)
+
+
+class PrefixAttention(SelfAttention):
+    """Prefix-enhanced spatial attention: noisy frames look at tokens of clean frames (paper, section 3.4)."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__(config, backend)
+        self.first_frame = config.spatial_prefix is SpatialPrefix.FIRST_FRAME
+        self.prefix_frames = config.spatial_prefix_frames
+
+    def forward(self, x: Tensor, plan: FramePlan, cache: LayerCache | None) -> Tensor:
+        """(B, T, S, D) -> (B, T, S, D); a clean write also fills the spatial cache."""
+        clean, noisy = x[:, : plan.clean_frames], x[:, plan.clean_frames :]
+        outs = []
+        if clean.shape[1]:
+            keys, values = self.project(clean, 1, 3)  # (B, P, S, H, E)
+            if cache is not None:
+                self._write(keys, values, plan, cache)
+            outs.append(self._clean(clean, keys, values, cache))
+        if noisy.shape[1] and cache is not None:
+            assert cache.spatial_k is not None and cache.spatial_v is not None and plan.has_prefix is not None
+            out = self._look(noisy, cache.spatial_k.flatten(2, 3), cache.spatial_v.flatten(2, 3), plan.spatial_mask)
+            outs.append(torch.where(plan.has_prefix, out, 0))
+        elif noisy.shape[1] and clean.shape[1]:
+            frames = slice(0, 1) if self.first_frame else slice(-self.prefix_frames, None)
+            k, v = (part[:, frames].flatten(1, 2).transpose(1, 2) for part in (keys, values))  # (B, H, K*S, E)
+            outs.append(self._look(noisy, k, v))
+        elif noisy.shape[1]:
+            outs.append(torch.zeros_like(noisy))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def _write(self, keys: Tensor, values: Tensor, plan: FramePlan, cache: LayerCache) -> None:
+        for buffer, new in ((cache.spatial_k, keys), (cache.spatial_v, values)):
+            assert buffer is not None and plan.spatial_source is not None and plan.spatial_slots is not None
+            frames = new.index_select(1, plan.spatial_source).permute(0, 3, 1, 2, 4)  # (B, H, K, S, E)
+            if self.first_frame:  # the video's first frame, once written, stays
+                frames = torch.where(plan.has_prefix, buffer, frames)  # type: ignore[arg-type]
+            buffer.index_copy_(2, plan.spatial_slots, frames)
+
+    def _clean(self, x: Tensor, keys: Tensor, values: Tensor, cache: LayerCache | None) -> Tensor:
+        """A clean frame sees its own tokens or, in ``first_frame`` mode, those of the video's first frame."""
+        if not self.first_frame:
+            (q,) = self.project(x, 0, 1)  # (B, P, S, H, E)
+            q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in (q, keys, values))  # (B*P, H, S, E)
+            return self.merge(self.attend(q, k, v).transpose(1, 2)).view_as(x)
+        if cache is not None:
+            assert cache.spatial_k is not None and cache.spatial_v is not None
+            return self._look(x, cache.spatial_k.flatten(2, 3), cache.spatial_v.flatten(2, 3))
+        return self._look(x, keys[:, 0].transpose(1, 2), values[:, 0].transpose(1, 2))
+
+    def _look(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """All frames of x (B, T, S, D) look at the same keys (B, H, K*S, E): one call with T*S queries."""
+        (q,) = self.project(x, 0, 1)
+        q = q.flatten(1, 2).transpose(1, 2)  # (B, H, T*S, E)
+        return self.merge(self.attend(q, k, v, mask).transpose(1, 2)).view_as(x)
+
+
+class TemporalAttention(SelfAttention):
+    """Each of the S positions attends over time, to itself and to earlier frames."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__(config, backend)
+        self.rope = config.temporal_positions is TemporalPositions.ROPE
+
+    def forward(self, x: Tensor, plan: FramePlan, cache: LayerCache | None) -> Tensor:
+        """(B, T, S, D) -> (B, T, S, D). With a cache, the frames' keys and values are put in their slots first."""
+        b, t, s, _ = x.shape
+        q, k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in self.project(x))  # (B*S, H, T, E)
+        if self.rope:
+            cos, sin = rope_angles(plan.positions, self.head_size)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = self._store(k, v, plan, cache)
+        out = self.attend(q, k, v, plan.temporal_mask)  # (B*S, H, T, E)
+        return self.merge(out.unflatten(0, (b, s)).permute(0, 3, 1, 2, 4))
+
+    def write(self, x: Tensor, plan: FramePlan, cache: LayerCache) -> None:
+        """Put the frames' keys and values in their slots, and nothing else."""
+        k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in self.project(x, 1, 3))
+        if self.rope:
+            k = rotate(k, *rope_angles(plan.positions, self.head_size))
+        self._store(k, v, plan, cache)
+
+    @staticmethod
+    def _store(k: Tensor, v: Tensor, plan: FramePlan, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        assert plan.slots is not None
+        cache.temporal_k.index_copy_(2, plan.slots, k.to(cache.temporal_k.dtype))
+        cache.temporal_v.index_copy_(2, plan.slots, v.to(cache.temporal_v.dtype))
+        return cache.temporal_k, cache.temporal_v
+
+
+class CrossAttention(nn.Module):
+    """Tokens attend to the caption, whose keys and values are computed once a prompt."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__()
+        self.heads, self.head_size = config.num_heads, config.head_size
+        self.attend = backend.attend
+        self.q_linear = nn.Linear(config.hidden_size, config.hidden_size)
+        self.kv_linear = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def keys_values(self, caption: Tensor, mask: Tensor) -> TextKeysValues:
+        """Caption (B, M, D) and its mask (B, M), True at real tokens, to keys and values."""
+        kv = self.kv_linear(caption).unflatten(-1, (2, self.heads, self.head_size))
+        k, v = (part.transpose(1, 2) for part in kv.unbind(-3))
+        return TextKeysValues(k, v, mask[:, None, None, :])
+
+    def forward(self, x: Tensor, text: TextKeysValues) -> Tensor:
+        q = self.q_linear(x.flatten(1, 2)).unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)  # (B, H, T*S, E)
+        out = self.attend(q, text.k, text.v, text.mask)
+        merged: Tensor = self.proj(out.transpose(1, 2).flatten(-2))
+        return merged.view_as(x)

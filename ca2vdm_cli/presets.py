@@ -1,0 +1,312 @@
+"""Presets: YAML files that say everything about one set of weights. Reads, checks, changes and writes them.
+
+A preset is given by the name of a built-in one, by a YAML file, or by a folder with a ``preset.yaml`` (what a training
+run leaves). Files that it names are beside it. Nothing in this module imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from re import compile as regex
+from typing import Any, ClassVar, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .config import Preset
+from .errors import UsageError
+
+DEFAULT_PRESET = "moving-digits"
+"""What a command uses unless told otherwise."""
+PRESET_FILE = "preset.yaml"
+"""The preset's name in a folder of its own."""
+MAX_BYTES = 64 * 1024
+"""No preset is larger; a file that is was meant for something else."""
+
+
+@dataclass(frozen=True)
+class LoadedPreset:
+    """A preset and where it came from."""
+
+    name: str
+    """Its built-in name, its file's name without suffix, or its folder's."""
+    path: Path
+    """The YAML file."""
+    config: Preset
+    """What it says, overrides included."""
+    weights_path: Path | None
+    """The model's weights, an existing file; None for a preset that has to be trained first."""
+    autoencoder_weights_path: Path | None
+    """The conv autoencoder's weights, an existing file, or None."""
+
+
+def load_preset(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedPreset:
+    """Read a preset and check it.
+
+    Args:
+        name_or_path: a built-in preset's name, a YAML file, or a folder with a ``preset.yaml``.
+        overrides: changes such as ``model.depth=4``, applied in order; values are YAML, and an empty one is null.
+
+    Raises:
+        UsageError: it does not exist, is not valid, or names weights that do not exist.
+    """
+    path = _find(name_or_path)
+    source = " ".join([str(path), *(["with"] if overrides else []), *map(_flag, overrides)])
+    mapping = _read(path)
+    for override in overrides:
+        _apply(override, mapping)
+    config = preset_from_mapping(mapping, source)
+    name = path.parent.resolve().name if path.name == PRESET_FILE else path.stem
+
+    def beside(key: str) -> Path | None:
+        file: str | None = getattr(config, key)
+        if file is None:
+            return None
+        if not (found := path.parent / file).is_file():
+            raise UsageError(
+                f"{path}: {key}: {found} does not exist; put the file there, or leave it out with --set {key}=null "
+                f"and train: ca2vdm train --preset {name_or_path} --set {key}=null"
+            )
+        return found
+
+    return LoadedPreset(name, path, config, beside("weights"), beside("autoencoder_weights"))
+
+
+def list_presets() -> list[LoadedPreset]:
+    """The built-in presets, by name."""
+    return [load_preset(name) for name in preset_names()]
+
+
+def preset_names() -> list[str]:
+    """Names of the built-in presets."""
+    return sorted(path.stem for path in _builtin_folder().glob("*.yaml"))
+
+
+def preset_from_mapping(mapping: object, source: str = "preset") -> Preset:
+    """Check a preset that was read from YAML, JSON or a checkpoint's metadata.
+
+    Args:
+        mapping: sections and values, of plain types.
+        source: where it came from, for errors.
+
+    Raises:
+        UsageError: one line that names the source, the first offending key, its value and what is allowed.
+    """
+    try:
+        text = json.dumps(
+            mapping, allow_nan=False
+        )  # strict about types, yet takes a name for an enum and a list for a tuple
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{source}: only text, finite numbers, true, false and null are values: {error}") from error
+    try:
+        return _ADAPTER.validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UsageError(f"{source}: {_first_problem(error)}") from error
+
+
+def to_mapping(preset: Preset) -> dict[str, Any]:
+    """Everything in a preset, defaults included, as plain types in the order of the fields."""
+    mapping: dict[str, Any] = _ADAPTER.dump_python(preset, mode="json")
+    return mapping
+
+
+def dump_preset(preset: Preset) -> str:
+    """The whole preset as YAML, each value with a comment that says what it means; ``load_preset`` reads it back."""
+    return "\n".join(_lines(preset, to_mapping(preset))) + "\n"
+
+
+def _lines(section: Any, values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        nested = getattr(section, name)
+        comment = " ".join((section.__pydantic_fields__[name].description or "").split())
+        if isinstance(nested, Enum):
+            comment += f" One of: {', '.join(choice.value for choice in type(nested))}."
+        is_section = is_dataclass(nested)
+        text = f"{name}:" if is_section else yaml.dump({name: value}, Dumper=_Dumper, allow_unicode=True, width=10**6)
+        yield f"{indent + text.strip():<34}  # {comment}"
+        if is_section:
+            yield from _lines(nested, value, indent + "  ")
+
+
+# Finding and reading
+
+
+def _builtin_folder() -> Path:
+    return Path(str(resources.files("ca2vdm_presets")))
+
+
+def _find(name_or_path: str | Path) -> Path:
+    if name_or_path in (names := preset_names()):
+        return _builtin_folder() / f"{name_or_path}.yaml"
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if (path / PRESET_FILE).is_file():
+        return path / PRESET_FILE
+    reason = f"is a folder without {PRESET_FILE}" if path.is_dir() else "is neither built in nor a file"
+    raise UsageError(f"preset {str(name_or_path)!r} {reason}; built in: {', '.join(names)}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(data) > MAX_BYTES:
+        raise UsageError(f"{path}: larger than {MAX_BYTES // 1024} KiB, so not a preset")
+    mapping = _parse(data, str(path))
+    if not isinstance(mapping, dict):
+        raise UsageError(f"{path}: holds {_shown(mapping)} where a preset has keys such as description and model")
+    return mapping
+
+
+def _parse(text: str | bytes, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UsageError(f"{source}: {line}{error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+# The plain values of YAML 1.2 and no others: 2e-5 is a number, while yes, 1:30 and 2024-01-01 are text.
+_PLAIN_VALUES = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """``yaml.SafeLoader`` with YAML 1.2's plain values and no others, without aliases and without duplicate keys."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (*(f"tag:yaml.org,2002:{name}" for name in (*_PLAIN_VALUES, "str", "seq", "map")), None)
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", self.get_mark())
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                problem = f"duplicate key {key.value!r}" if isinstance(key, yaml.ScalarNode) else "a key must be a word"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what ``_Loader`` reads: quotes exactly what it would not take for text, lists on one line."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012
+
+
+for _tag, _pattern in _PLAIN_VALUES.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", regex(rf"(?:{_pattern})\Z"), None)
+_Dumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
+
+
+# Overriding and explaining
+
+_ADAPTER = TypeAdapter(Preset)
+
+
+@cache
+def _keys() -> dict[str, list[str]]:
+    """The keys of each section, by the section's dotted name ("" for the preset itself)."""
+
+    def walk(section: type, name: str) -> Iterator[tuple[str, list[str]]]:
+        yield name, [field.name for field in fields(section)]
+        for key, hint in get_type_hints(section).items():
+            for part in (hint, *get_args(hint)):
+                if isinstance(part, type) and is_dataclass(part):
+                    yield from walk(part, f"{name}.{key}".lstrip("."))
+
+    return dict(walk(Preset, ""))
+
+
+def _split(key: str) -> tuple[str, str]:
+    section, _, name = key.rpartition(".")
+    return section, name
+
+
+def _is_known(key: str) -> bool:
+    section, name = _split(key)
+    return name in _keys().get(section, [])
+
+
+def _allowed(key: str) -> str:
+    """What an unknown key might have meant: the nearest known ones, else all of its section."""
+    section, name = _split(key)
+    known = [f"{section}.{name}".lstrip(".") for section, names in _keys().items() for name in names]
+    near = [k for k in known if _split(k)[1] == name] + difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+    if near:
+        return f"did you mean {' or '.join(dict.fromkeys(near))}?"
+    while section not in _keys():
+        section = _split(section)[0]
+    return f"allowed{f' in {section}' if section else ''}: {', '.join(_keys()[section])}"
+
+
+def _apply(override: str, mapping: dict[str, Any]) -> None:
+    """Set one value in the mapping of a preset, in place."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"{_flag(override)}: needs a key and a value, such as model.depth=4")
+    key = key.strip()
+    if not _is_known(key):
+        raise UsageError(f"{_flag(override)}: {key!r} is not a key of a preset; {_allowed(key)}")
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(mapping.get(section), dict):
+            mapping[section] = {}
+        mapping = mapping[section]
+    mapping[name] = _parse(text, _flag(override))
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line for a failed validation: the first problem and how many more there are."""
+    problems = error.errors(include_url=False)
+    unknown = [problem for problem in problems if problem["type"] == "unexpected_keyword_argument"]
+    problem = (unknown or problems)[0]  # a misspelt key also counts as a missing one: name the misspelling
+    key = ".".join(map(str, problem["loc"]))
+    value = _shown(problem["input"])
+    if unknown:
+        line = f"{key}: {value} is given, but there is no such key; {_allowed(key)}"
+    elif problem["type"] == "missing":
+        line = f"{key}: missing, and it has no default"
+    elif problem["type"] == "value_error":  # config.py says it all, but for the section
+        line = f"{key}.".lstrip(".") + problem["msg"].removeprefix("Value error, ")
+    elif problem["type"] == "dataclass_type":
+        line = f"{key}: {value} must be a section with the keys {', '.join(_keys()[key])}"
+    else:
+        line = f"{key}: {value} {problem['msg'].replace('Input should be', 'must be', 1)}"
+    return line + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _flag(override: str) -> str:
+    return f"--set {_clip(override)}"
+
+
+def _shown(value: object) -> str:
+    return _clip(json.dumps(value, ensure_ascii=False))
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -1,0 +1,218 @@
+"""Training: the clean-prefix objective on clips, with everything a run needs to go on later."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attention import Backend
+from .autoencoder import Autoencoder
+from .checkpoint import load_tensors, load_weights, save_tensors
+from .config import Preset, Schedule
+from .data import ClipSource, batch
+from .diffusion import NoiseProcess, training_loss
+from .errors import UserError
+from .model import CausalVideoTransformer
+from .presets import PRESET_FILE, dump_preset
+
+WEIGHTS_FILE = "model.safetensors"
+AUTOENCODER_FILE = "autoencoder.safetensors"
+STATE_FILE = "training-state.safetensors"
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    step: int
+    """Steps done."""
+    loss: float
+    terms: dict[str, float]
+    """The loss's parts by name."""
+    learning_rate: float
+    gradient_norm: float
+    prefix: int
+    """Frames of clean prefix."""
+    seconds: float
+    data_seconds: float
+    """Of these, making clips and encoding them."""
+    frames: int
+    """Frames that the loss was on."""
+
+
+class Trainer:
+    """A model being trained, and the state to go on from: weights, their moving average, AdamW's moments, the step.
+
+    All randomness of step n (clips, prefix length, timesteps, noise) is drawn from (seed, n), so a resumed run does
+    what an uninterrupted one would have done.
+
+    Args:
+        preset: what to train and how.
+        source: clips.
+        autoencoder: between pixels and latents.
+        backend: how to run the model.
+        device: where.
+        steps: the last step, for the learning-rate schedule.
+        seed: of everything.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        source: ClipSource,
+        autoencoder: Autoencoder,
+        backend: Backend,
+        device: torch.device,
+        steps: int,
+        seed: int = 0,
+    ) -> None:
+        self.preset, self.source, self.autoencoder = preset, source, autoencoder
+        self.device, self.steps, self.seed = device, steps, seed
+        self.step = 0
+        torch.manual_seed(seed)
+        self.model = CausalVideoTransformer(preset.model, backend).to(device).train()
+        self.process = NoiseProcess(preset.diffusion)
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        training = preset.training
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=training.weight_decay
+        )
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Prefix lengths that a step draws from."""
+        model, chosen = self.preset.model, self.preset.training.prefix_lengths
+        return chosen or tuple(range(1, model.context_frames + 1, model.chunk_frames))
+
+    def start_from(self, weights: dict[str, Tensor], source: str) -> None:
+        """Begin at given weights instead of random ones (fine-tuning)."""
+        load_weights(self.model, weights, source)
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    def train_step(self) -> StepReport:
+        """One optimizer step."""
+        began = time.perf_counter()
+        training, chunk = self.preset.training, self.preset.model.chunk_frames
+        state = np.random.SeedSequence([self.seed, self.step]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state) % 2**63)
+        prefix = self.prefixes[int(torch.randint(len(self.prefixes), (), generator=generator))]
+        latents = self._latents(prefix + chunk)
+        encoded = time.perf_counter()
+
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, terms = training_loss(
+            self.model,
+            self.process,
+            latents,
+            prefix,
+            variance_weight=training.variance_weight,
+            generator=generator,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip)
+        if not math.isfinite(norm.item()):
+            raise UserError(
+                f"step {self.step + 1}: the gradient is {norm.item()}; resume from the last checkpoint with a smaller "
+                f"--set training.learning_rate (now {training.learning_rate})"
+            )
+        self.optimizer.step()
+        self._update_average()
+        self.step += 1
+        seconds = time.perf_counter() - began
+        frames = training.batch_size * chunk
+        return StepReport(
+            self.step, loss.item(), terms, rate, norm.item(), prefix, seconds, encoded - began, frames
+        )
+
+    @torch.no_grad()
+    def _latents(self, frames: int) -> Tensor:
+        """This step's clips as latents (B, C, T, h, w)."""
+        size = self.preset.training.batch_size
+        clips = batch(self.source, self.step * size, size, frames).to(self.device)  # (B, T, C, H, W)
+        return self.autoencoder.encode(clips.flatten(0, 1)).unflatten(0, (size, frames)).transpose(1, 2)
+
+    def _learning_rate(self) -> float:
+        training = self.preset.training
+        rate = training.learning_rate
+        if self.step < training.warmup_steps:
+            return rate * (self.step + 1) / training.warmup_steps
+        if training.schedule is Schedule.COSINE:
+            done = (self.step - training.warmup_steps) / max(1, self.steps - training.warmup_steps)
+            return rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return rate
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Exponential moving average, shorter at first so that it forgets the random start."""
+        decay = min(self.preset.training.ema_decay, (1 + self.step) / (10 + self.step))
+        own = self.model.state_dict()
+        averages = [v for v in self.average.values() if v.is_floating_point()]
+        torch._foreach_lerp_(averages, [own[k].detach() for k, v in self.average.items() if v.is_floating_point()], 1 - decay)
+
+    # ------------------------------------------------------------------------------------------------- on disk
+    def save(self, folder: Path) -> None:
+        """Write the averaged weights, which ``sample`` loads, and the state to resume from."""
+        save_tensors(folder / WEIGHTS_FILE, self.average, {"step": str(self.step)})
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        metadata = {"step": str(self.step), "seed": str(self.seed), "steps": str(self.steps)}
+        save_tensors(folder / STATE_FILE, tensors, metadata)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from what ``save`` wrote."""
+        path = folder / STATE_FILE
+        tensors, metadata = load_tensors(path)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            if part not in parts:
+                raise UserError(f"{path}: unknown tensor {key}; not a training state")
+            parts[part][name] = value
+        load_weights(self.model, parts["model"], str(path))
+        self.average = {k: v.to(self.device) for k, v in parts["average"].items()}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in parts["optimizer"].items():
+            index, _, name = key.partition(".")
+            moments.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        try:
+            self.step, self.seed = int(metadata["step"]), int(metadata["seed"])
+        except (KeyError, ValueError):
+            raise UserError(f"{path}: its metadata has no step and seed; not a training state") from None
+
+
+def train(trainer: Trainer, folder: Path, on_step: Callable[[StepReport], None]) -> None:
+    """Train to the last step, saving every ``training.checkpoint_every`` steps, at the end, and when interrupted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    every = trainer.preset.training.checkpoint_every
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as log:
+        try:
+            while trainer.step < trainer.steps:
+                report = trainer.train_step()
+                log.write(json.dumps(asdict(report)) + "\n")
+                log.flush()
+                on_step(report)
+                if trainer.step % every == 0 and trainer.step < trainer.steps:
+                    trainer.save(folder)
+        finally:
+            trainer.save(folder)
+
+
+def write_preset(preset: Preset, folder: Path) -> None:
+    """Put the resolved preset beside the weights, so that ``--preset FOLDER`` is all that ``sample`` needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PRESET_FILE).write_text(dump_preset(preset), encoding="utf-8")

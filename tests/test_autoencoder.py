@@ -1,0 +1,155 @@
+"""Autoencoders: shapes, what they promise about latents, that training helps, and errors that name the mismatch."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from ca2vdm_cli.autoencoder import ConvAutoencoder, load_autoencoder, save_autoencoder, train_autoencoder
+from ca2vdm_cli.config import AutoencoderConfig, AutoencoderKind, SyntheticDataConfig, TrainingConfig, VideoConfig
+from ca2vdm_cli.data import MovingDigits, batch
+from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.presets import load_preset
+
+VIDEO = VideoConfig(height=32, width=32, channels=1)
+SMALL = AutoencoderConfig(kind=AutoencoderKind.CONV, downsample=8, base_channels=8)
+
+
+def digits(count: int, video: VideoConfig = VIDEO, seed: int = 99) -> torch.Tensor:
+    """Frames of moving digits, (count, C, H, W)."""
+    return batch(MovingDigits(SyntheticDataConfig(), video, seed), 0, count, 1)[:, 0]
+
+
+def random_autoencoder(config: AutoencoderConfig = SMALL) -> ConvAutoencoder:
+    torch.manual_seed(0)
+    return ConvAutoencoder(config, VIDEO.channels, 4).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("downsample", "channels", "in_channels"), [(8, 1, 4), (4, 3, 6), (2, 3, 4)])
+def test_shapes_range_and_determinism(downsample: int, channels: int, in_channels: int) -> None:
+    config = AutoencoderConfig(kind=AutoencoderKind.CONV, downsample=downsample, base_channels=8)
+    video = VideoConfig(height=32, width=48, channels=channels)
+    autoencoder = load_autoencoder(config, video, in_channels)
+    latents = autoencoder.encode(digits(3, video))
+    assert latents.shape == (3, in_channels, 32 // downsample, 48 // downsample)
+    frames = autoencoder.decode(5 * latents)
+    assert frames.shape == (3, channels, 32, 48) and frames.abs().max() <= 1
+    assert torch.equal(autoencoder.decode(5 * latents), frames)
+    assert torch.allclose(autoencoder.decode(5 * latents[:1]), frames[:1], atol=1e-5)
+
+
+def test_latents_move_with_the_picture() -> None:
+    """The promise that makes them easy to learn: a shift by a latent pixel shifts the latents and no more."""
+    frame = torch.full((1, 1, 192, 192), -1.0)
+    frame[..., 72:104, 72:104] = digits(1)
+    autoencoder = random_autoencoder()
+    latents, shifted = autoencoder.encode(frame), autoencoder.encode(frame.roll((16, 24), (2, 3)))
+    assert torch.allclose(latents.roll((2, 3), (2, 3)), shifted, atol=1e-5)
+
+
+def test_training_helps_is_reproducible_and_normalizes_the_latents() -> None:
+    config = AutoencoderConfig(kind=AutoencoderKind.CONV, downsample=4, base_channels=8)
+    training = TrainingConfig(autoencoder_steps=40, autoencoder_batch_size=8, autoencoder_learning_rate=1e-2)
+    source = MovingDigits(SyntheticDataConfig(), VIDEO, seed=0)
+    frames = digits(64)
+    losses: list[float] = []
+    untrained, trained, again = (random_autoencoder(config) for _ in range(3))
+    train_autoencoder(trained, source, training, seed=5, progress=lambda step, loss: losses.append(loss))
+    train_autoencoder(again, source, training, seed=5)
+    assert len(losses) == 40
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in trained.state_dict().items())
+    assert not trained.training and not any(parameter.requires_grad for parameter in trained.parameters())
+    latents = trained.encode(frames)
+    assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(4), atol=0.15)
+    assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=0.15)
+    error = F.mse_loss(trained.decode(latents), frames)
+    assert error < 0.5 * F.mse_loss(untrained.decode(untrained.encode(frames)), frames)
+    assert error < 0.7 * frames.var()
+
+
+def test_saved_and_loaded_it_is_the_same_up_to_half_precision(tmp_path: Path) -> None:
+    autoencoder, path, frames = random_autoencoder().train(), tmp_path / "autoencoder.safetensors", digits(2)
+    autoencoder.encode(frames)  # measures the latents' mean and variance
+    autoencoder.eval()
+    save_autoencoder(autoencoder, path)
+    loaded = load_autoencoder(SMALL, VIDEO, 4, path)
+    assert torch.allclose(loaded.encode(frames), autoencoder.encode(frames), atol=1e-2)
+    assert load_file(path)["normalize.running_mean"].dtype == torch.float32
+    assert load_file(path)["decoder.0.weight"].dtype == torch.float16
+    assert next(iter(loaded.parameters())).dtype == torch.float32
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_shapes(tmp_path: Path) -> None:
+    path = tmp_path / "autoencoder.safetensors"
+    save_autoencoder(random_autoencoder(), path)
+    with pytest.raises(UserError, match=r"has \(16, 4, 3, 3\) at decoder\.0\.weight, .* needs \(16, 6, 3, 3\)"):
+        load_autoencoder(SMALL, VIDEO, 6, path)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_autoencoder(SMALL, VIDEO, 4, path)
+    with pytest.raises(UsageError, match="latents only"):
+        load_autoencoder(AutoencoderConfig(), VIDEO, 4)
+
+
+def test_impossible_configurations_are_refused() -> None:
+    with pytest.raises(ValueError, match="downsample: 3 must be even"):
+        AutoencoderConfig(kind=AutoencoderKind.CONV, downsample=3)
+    with pytest.raises(ValueError, match="path: the diffusers autoencoder needs"):
+        AutoencoderConfig(kind=AutoencoderKind.DIFFUSERS)
+
+
+def test_shipped_weights_reconstruct_sharply_even_from_noisy_latents() -> None:
+    preset = load_preset("moving-digits")
+    config = preset.config
+    assert config.video is not None and preset.autoencoder_weights_path is not None
+    autoencoder = load_autoencoder(
+        config.autoencoder, config.video, config.model.in_channels, preset.autoencoder_weights_path
+    )
+    assert preset.autoencoder_weights_path.stat().st_size < 4e6
+    frames = digits(64, config.video)
+
+    def psnr(latents: torch.Tensor) -> float:
+        return float(10 * torch.log10(4 / F.mse_loss(autoencoder.decode(latents), frames)))
+
+    latents = autoencoder.encode(frames)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    assert psnr(latents) > 27 and psnr(latents + 0.2 * noise) > 25
+    assert torch.allclose(latents.std((0, 2, 3)), torch.ones(config.model.in_channels), atol=0.1)
+
+
+def test_diffusers_autoencoder(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=32,
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    config = AutoencoderConfig(kind=AutoencoderKind.DIFFUSERS, path=str(tmp_path), downsample=2, scale_factor=0.5)
+    rgb = VideoConfig(height=32, width=32, channels=3)
+    frames = digits(2, rgb)
+    with torch.no_grad():
+        expected = theirs.encode(frames).latent_dist.mode()
+        picture = theirs.decode(expected).sample
+    ours = load_autoencoder(config, rgb, 4)
+    assert torch.allclose(ours.encode(frames), 0.5 * expected, atol=1e-5)
+    assert torch.allclose(ours.decode(0.5 * expected), picture.clamp(-1, 1), atol=1e-5)
+    gray = load_autoencoder(config, VIDEO, 4)
+    assert torch.allclose(gray.decode(gray.encode(frames[:, :1])), picture.mean(1, True).clamp(-1, 1), atol=1e-5)
+    with pytest.raises(UserError, match=r"model\.in_channels: 6 does not fit .* has 4"):
+        load_autoencoder(config, rgb, 6)
+    absent = AutoencoderConfig(kind=AutoencoderKind.DIFFUSERS, path=str(tmp_path / "absent"), downsample=2)
+    with pytest.raises(UserError, match=r"autoencoder\.path: no AutoencoderKL can be loaded from"):
+        load_autoencoder(absent, rgb, 4)
+
+
+def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    config = AutoencoderConfig(kind=AutoencoderKind.DIFFUSERS, path="somewhere")
+    with pytest.raises(UserError, match=r"pip install 'ca2vdm\[latent\]'"):
+        load_autoencoder(config, VIDEO, 4)

@@ -1,0 +1,228 @@
+"""Presets: the shipped ones, overrides, what is refused and in which words, and the way to a file and back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ca2vdm_cli.config import AutoencoderKind, Preset, SpatialPrefix, TemporalPositions
+from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.presets import (
+    DEFAULT_PRESET,
+    MAX_BYTES,
+    PRESET_FILE,
+    dump_preset,
+    list_presets,
+    load_preset,
+    preset_from_mapping,
+    preset_names,
+    to_mapping,
+)
+
+SMALL = """\
+description: small
+model: {depth: 2, hidden_size: 48, num_heads: 4, latent_height: 8, latent_width: 8}
+"""
+
+
+def refusal(name: str | Path, *overrides: str) -> str:
+    """The error that loading a preset ends in, which is one line and a usage error."""
+    with pytest.raises(UsageError) as error:
+        load_preset(name, overrides)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+    return str(error.value)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+# The shipped presets
+
+
+def test_shipped_presets_are_valid() -> None:
+    assert preset_names() == ["bench-small", "ca2-vdm-base", "ca2-vdm-xl", DEFAULT_PRESET, "tiny"]
+    for loaded in list_presets():
+        assert loaded.path.name == f"{loaded.name}.yaml"
+        assert loaded.config.description
+
+
+def test_paper_preset_is_the_papers() -> None:
+    config = load_preset("ca2-vdm-xl").config
+    model = config.model
+    assert (model.depth, model.hidden_size, model.num_heads, model.tokens_per_frame) == (28, 1152, 16, 256)
+    assert (model.context_frames, model.chunk_frames, model.table_length) == (25, 8, 33)
+    assert (model.spatial_prefix, model.spatial_prefix_frames) == (SpatialPrefix.PREV_FRAMES, 3)
+    assert model.temporal_positions is TemporalPositions.CYCLIC
+    assert config.video is not None
+    assert (config.video.height, config.video.width) == (256, 256)
+    assert config.autoencoder.kind is AutoencoderKind.DIFFUSERS
+    base = load_preset("ca2-vdm-base").config
+    assert replace(base, description=config.description, model=replace(base.model, depth=28)) == config
+
+
+def test_benchmark_preset_works_on_latents_only() -> None:
+    config = load_preset("bench-small").config
+    assert (config.model.depth, config.model.hidden_size, config.model.num_heads) == (12, 384, 6)
+    assert config.model.tokens_per_frame == 256
+    assert config.video is None
+    assert config.autoencoder.kind is AutoencoderKind.NONE
+
+
+# Overrides
+
+
+def test_overrides_apply_in_order() -> None:
+    config = load_preset(
+        "bench-small",
+        [
+            "model.depth=4",
+            "model.depth=3",
+            "training.learning_rate=2e-5",
+            "diffusion.prefix_noise=[50, 100]",
+            "weights=",
+        ],
+    ).config
+    assert config.model.depth == 3
+    assert config.training.learning_rate == 2e-5
+    assert config.diffusion.prefix_noise == (50, 100)
+    assert config.weights is None
+
+
+def test_override_opens_a_section(file: Path) -> None:
+    overrides = ["video.height=64", "video.width=64", "autoencoder.kind=conv"]
+    assert load_preset(file, overrides).config.video is not None
+    assert refusal(file, *overrides[::2]).endswith("video.width: missing, and it has no default")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.dept=4", "--set model.dept=4: 'model.dept' is not a key of a preset; did you mean model.depth?"),
+        ("depth=4", "--set depth=4: 'depth' is not a key of a preset; did you mean model.depth?"),
+        ("frob=4", "allowed: description, model, diffusion"),
+        ("video.frob=4", "allowed in video: height, width, channels, fps"),
+        ("model.depth.x=1", "'model.depth.x' is not a key of a preset; did you mean model.depth?"),
+        ("model.depth", "--set model.depth: needs a key and a value, such as model.depth=4"),
+        ("model.depth=[", "--set model.depth=[: line 1: "),
+        ("model.depth=0", "with --set model.depth=0: model.depth: 0 must be greater than or equal to 1"),
+        ("model.depth=4.0", "model.depth: 4.0 must be a valid integer"),
+        ("model.mask_channel=yes", 'model.mask_channel: "yes" must be a valid boolean'),
+        ("model.causality=none", "model.causality: \"none\" must be 'causal' or 'partial'"),
+        ("video.fps=.inf", 'video.fps: ".inf" must be a valid number'),
+        ("video.fps=1e999", "only text, finite numbers"),
+    ],
+)
+def test_refused_overrides(override: str, expected: str) -> None:
+    assert expected in refusal("tiny", override)
+
+
+# What a file may hold
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "depth: 2",
+            "dept: 2",
+            "model.dept: 2 is given, but there is no such key; did you mean model.depth? (and 1 more)",
+        ),
+        ("depth: 2", "depth: two", 'model.depth: "two" must be a valid integer'),
+        ("depth: 2", "depth: '2'", 'model.depth: "2" must be a valid integer'),
+        ("depth: 2", "depth: true", "model.depth: true must be a valid integer"),
+        ("depth: 2, ", "", "model.depth: missing, and it has no default"),
+        ("depth: 2", "depth: 2, chunk_frames: 26", "model.chunk_frames: 26 must be at most context_frames 25"),
+        ("latent_height: 8", "latent_height: 9", "model.latent_height: 9 must be a multiple of patch_size 2"),
+        (
+            "depth: 2",
+            "depth: 2, temporal_positions: absolute, position_table: 32",
+            "model.position_table: 32 must hold context_frames + chunk_frames = 33 frames with absolute positions",
+        ),
+        ("depth: 2", "depth: 2, depth: 3", "line 2: duplicate key 'depth'"),
+        ("depth: 2", "[depth]: 2", "line 2: a key must be a word"),
+        ("small", "small\nvideo: 3", "video: 3 must be a section with the keys height, width, channels, fps"),
+        ("small", "&a small\nweights: *a", "line 2: aliases are not allowed"),
+        ("small", "!!python/name:os.system", "line 1: could not determine a constructor for the tag"),
+        ("small", "!!binary aGVsbG8=", "line 1: could not determine a constructor for the tag"),
+        (SMALL, "", "holds null where a preset has keys"),
+        (SMALL, "- 1", "holds [1] where a preset has keys"),
+        (SMALL, "a: b: c", "line 1: mapping values are not allowed here"),
+        (SMALL, "\0", "not valid YAML"),
+        (SMALL, "[" * 20_000, "not valid YAML"),
+        (SMALL, "# " + MAX_BYTES * "x", "larger than 64 KiB, so not a preset"),
+    ],
+)
+def test_refused_files(file: Path, old: str, new: str, expected: str) -> None:
+    file.write_text(SMALL.replace(old, new))
+    line = refusal(file)
+    assert line.startswith(f"{file}: ")
+    assert expected in line
+
+
+def test_words_and_numbers_are_what_they_look_like(file: Path) -> None:
+    file.write_text(SMALL.replace("small", "1:30") + "training: {learning_rate: 2e-5, weight_decay: 1}\n")
+    config = load_preset(file).config
+    assert config.description == "1:30"
+    assert (config.training.learning_rate, config.training.weight_decay) == (2e-5, 1.0)
+
+
+def test_unknown_preset_lists_the_known_ones(tmp_path: Path) -> None:
+    assert refusal("moving-digit").endswith("built in: bench-small, ca2-vdm-base, ca2-vdm-xl, moving-digits, tiny")
+    assert f"is a folder without {PRESET_FILE}" in refusal(tmp_path)
+
+
+# To a file and back
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_dump_can_be_loaded_again(name: str, tmp_path: Path) -> None:
+    config = load_preset(name, ["weights=", "autoencoder_weights=", "description='2e-5'"]).config
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(dump_preset(config))
+    assert load_preset(path).config == config
+    assert preset_from_mapping(to_mapping(config)) == config
+
+
+def test_dump_names_and_explains_every_value() -> None:
+    text = dump_preset(load_preset("tiny").config)
+    assert text.splitlines()[1:3] == [
+        "model:                              # The network.",
+        "  depth: 2                          # Number of transformer blocks.",
+    ]
+    assert "One of: cyclic, rope, absolute." in text
+    for section, value in to_mapping(load_preset("tiny").config).items():
+        assert all(f"{key}: " in text for key in (value if isinstance(value, dict) else [section]))
+
+
+def test_weights_are_beside_the_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config: Preset = replace(load_preset("tiny").config, weights="model.safetensors")
+    (run / PRESET_FILE).write_text(dump_preset(config))
+    line = refusal(run)
+    assert f"weights: {run / 'model.safetensors'} does not exist" in line
+    assert f"ca2vdm train --preset {run} --set weights=null" in line
+    assert load_preset(run, ["weights=null"]).weights_path is None
+
+    (run / "model.safetensors").touch()
+    loaded = load_preset(run)
+    assert (loaded.name, loaded.path) == ("run", run / PRESET_FILE)
+    assert loaded.weights_path == run / "model.safetensors"
+    assert loaded.autoencoder_weights_path is None
+    monkeypatch.chdir(run)
+    assert load_preset(".").name == "run"
+    assert load_preset(PRESET_FILE).weights_path == Path("model.safetensors")
+
+
+def test_importing_presets_leaves_torch_out() -> None:
+    script = "import sys, ca2vdm_cli.presets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1]).returncode == 0
