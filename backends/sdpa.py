@@ -19,7 +19,7 @@ def _flash_attn() -> Callable[..., Any] | None:
         from flash_attn import flash_attn_func
     except (ImportError, OSError):
         return None
-    return flash_attn_func  # type: ignore[no-any-return]
+    return flash_attn_func
 
 
 class SdpaBackend(Backend):

@@ -5,12 +5,18 @@ instant and does not bring in torch.
 """
 
 from importlib import import_module
+from time import perf_counter
+
+STARTED = perf_counter()
+"""When this process began to use the package: what "seconds since the start" counts from."""
 
 __version__ = "0.1.0"
 
 _HOME = {  # name: the module it lives in
     "LoadedPreset": "presets",
+    "Pipeline": "pipeline",
     "UserError": "errors",
+    "VideoChunk": "pipeline",
     "backends": "plugins",
     "choose_backend": "plugins",
     "list_presets": "presets",

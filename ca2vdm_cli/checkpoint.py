@@ -77,7 +77,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, *, p
             )
     if not matched or (missing and not partial):
         first = missing[0] if missing else next(iter(own), "")
-        raise UserError(f"{source}: {len(missing)} of {len(own)} tensors are missing, the first {first}; not weights of this model")
+        raise UserError(
+            f"{source}: {len(missing)} of {len(own)} tensors are missing, the first {first}; not its weights"
+        )
     model.load_state_dict({key: weights[key] for key in matched}, strict=False)
     return KeyReport(tuple(matched), tuple(missing), tuple(key for key in left_over if key not in UNUSED))
 
@@ -100,7 +102,9 @@ def read_published(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
             reason = str(error).strip().splitlines()
-            raise UserError(f"{path}: not a plain checkpoint of tensors ({reason[0] if reason else type(error).__name__})") from None
+            raise UserError(
+                f"{path}: not a plain checkpoint of tensors ({reason[0] if reason else type(error).__name__})"
+            ) from None
     while isinstance(found, dict):
         inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), dict)), None)
         if inner is None:

@@ -138,8 +138,14 @@ class ModelConfig:
             if not condition:
                 raise ValueError(message)
 
-        need(self.hidden_size % self.num_heads == 0, f"num_heads: {self.num_heads} must divide hidden_size {self.hidden_size}")
-        need(self.hidden_size % 4 == 0, f"hidden_size: {self.hidden_size} must be a multiple of 4 (2-D sin-cos positions)")
+        need(
+            self.hidden_size % self.num_heads == 0,
+            f"num_heads: {self.num_heads} must divide hidden_size {self.hidden_size}",
+        )
+        need(
+            self.hidden_size % 4 == 0,
+            f"hidden_size: {self.hidden_size} must be a multiple of 4 (2-D sin-cos positions)",
+        )
         for side in ("latent_height", "latent_width"):
             size = getattr(self, side)
             need(size % self.patch_size == 0, f"{side}: {size} must be a multiple of patch_size {self.patch_size}")
@@ -149,14 +155,16 @@ class ModelConfig:
         )
         need(
             self.sink_frames <= self.context_frames - self.chunk_frames,
-            f"sink_frames: {self.sink_frames} must be at most context_frames - chunk_frames = {self.context_frames - self.chunk_frames}",
+            f"sink_frames: {self.sink_frames} must be at most context_frames - chunk_frames = "
+            f"{self.context_frames - self.chunk_frames}",
         )
         need(
             self.spatial_prefix is not SpatialPrefix.PREV_FRAMES or self.spatial_prefix_frames <= self.context_frames,
             f"spatial_prefix_frames: {self.spatial_prefix_frames} must be at most context_frames {self.context_frames}",
         )
         need(
-            self.table_length >= self.context_frames + self.chunk_frames or self.temporal_positions is TemporalPositions.ROPE,
+            self.table_length >= self.context_frames + self.chunk_frames
+            or self.temporal_positions is TemporalPositions.ROPE,
             f"position_table: {self.table_length} must hold context_frames + chunk_frames = "
             f"{self.context_frames + self.chunk_frames} frames with {self.temporal_positions.value} positions",
         )
@@ -311,6 +319,8 @@ class TrainingConfig:
     """Decay of the exponential moving average of the weights."""
     prefix_lengths: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Prefix lengths that each step draws one from (0 is the empty context); by default 1, 1+l, 1+2l, … (published)."""
+    timestep_shift: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1, noisier timesteps are drawn more often (Esser et al. 2024); 1 draws all alike (published)."""
     variance_weight: Annotated[float, Field(ge=0)] = 1e-3
     """Weight of the variational term that trains the variance channels."""
     checkpoint_every: Count = 500
@@ -365,6 +375,7 @@ class Preset:
         for prefix in self.training.prefix_lengths or ():
             if prefix > self.model.context_frames:
                 raise ValueError(
-                    f"training.prefix_lengths: {prefix} must be at most model.context_frames {self.model.context_frames}"
+                    f"training.prefix_lengths: {prefix} must be at most model.context_frames = "
+                    f"{self.model.context_frames}"
                 )
         return self

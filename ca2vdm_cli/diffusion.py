@@ -1,4 +1,4 @@
-"""The noise process and the training objective: clean prefix at timestep 0, loss on the noisy chunk (paper, section 3.2).
+"""The noise process and the training objective: clean prefix at timestep 0, loss on the noisy chunk (section 3.2).
 
 Shape letters: B batch, C channels, T frames, h, w latent size.
 """
@@ -44,6 +44,12 @@ class NoiseProcess:
         alpha, sigma = self.alpha_sigma(timestep)
         return alpha * latents + sigma * noise
 
+    def draw_timesteps(self, count: int, shift: float, generator: torch.Generator | None) -> Tensor:
+        """Random timesteps (count,) on the CPU: uniform u, moved towards noise as shift · u / (1 + (shift - 1) · u)."""
+        u = torch.rand(count, generator=generator, dtype=torch.float64)
+        u = shift * u / (1 + (shift - 1) * u)
+        return (u * self.config.train_timesteps).long().clamp(max=self.config.train_timesteps - 1)
+
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """What the network should predict."""
         if self.config.prediction is Prediction.EPSILON:
@@ -74,6 +80,7 @@ def training_loss(
     clip: Tensor,
     prefix: int,
     *,
+    timestep_shift: float = 1.0,
     variance_weight: float = 1e-3,
     generator: torch.Generator | None = None,
     text: tuple[Tensor, Tensor] | None = None,
@@ -85,6 +92,7 @@ def training_loss(
         process: its noise process.
         clip: latents (B, C, T, h, w), T at least prefix + l; what is beyond is left out.
         prefix: clean frames P, which carry timestep 0; the loss is on the l frames after them.
+        timestep_shift: above 1, noisier timesteps are drawn more often.
         variance_weight: weight of the variational bound (0.001 in Nichol & Dhariwal 2021).
         generator: CPU generator of timesteps, noise and position offsets.
         text: embedding (B, M, text_channels) and mask (B, M) for models with text.
@@ -95,13 +103,15 @@ def training_loss(
     config = model.config
     batch, chunk = clip.shape[0], config.chunk_frames
     clean, target_latents = clip[:, :, :prefix], clip[:, :, prefix : prefix + chunk]
-    timestep = torch.randint(process.config.train_timesteps, (batch,), generator=generator).to(clip.device)
+    timestep = process.draw_timesteps(batch, timestep_shift, generator).to(clip.device)
     noise = torch.randn(target_latents.shape, generator=generator).to(clip.device)
     x = process.add_noise(target_latents, noise, timestep)
 
     clock = FrameClock(config, sink_frames=0)
     plan = model.context_plan(prefix, chunk, prefix, clock)
-    if prefix + chunk == clock.slots and config.temporal_positions is TemporalPositions.CYCLIC:  # full clips start anywhere
+    if (
+        prefix + chunk == clock.slots and config.temporal_positions is TemporalPositions.CYCLIC
+    ):  # full clips start anywhere
         offset = torch.randint(clock.table, (batch, 1), generator=generator).to(clip.device)
         plan = replace(plan, positions=(plan.positions + offset) % clock.table)
     keys_values = model.text_keys_values(*text) if text is not None else []
@@ -152,7 +162,9 @@ def variational_bound(
     true_mean = latent_factor * latents + x_factor * x
     mean = latent_factor * predicted_latents + x_factor * x
     log_variance = interpolate_variance(variance, log_min, log_max)
-    kl = 0.5 * (log_variance - log_min - 1 + (log_min - log_variance).exp() + (true_mean - mean) ** 2 * (-log_variance).exp())
+    kl = 0.5 * (
+        log_variance - log_min - 1 + (log_min - log_variance).exp() + (true_mean - mean) ** 2 / log_variance.exp()
+    )
     nll = 0.5 * (math.log(2 * math.pi) + log_variance + (latents - mean) ** 2 * (-log_variance).exp())
     return torch.where(first, nll, kl).mean() / math.log(2)
 

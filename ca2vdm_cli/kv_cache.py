@@ -1,8 +1,8 @@
 """The cache queue: keys and values of finished frames, computed once and read by every later denoising step.
 
 Ca2-VDM, section 3.3 (arXiv 2411.16375). The temporal queue is a ring of ``context_frames + chunk_frames`` slots: the
-slots a chunk takes are those of the frames that have just left the window, so a noisy chunk puts its keys there while it
-is denoised, the clean write goes to the same place afterwards, and nothing is ever moved.
+slots a chunk takes are those of the frames that have just left the window. A noisy chunk puts its keys there while it is
+denoised, the clean write goes to the same place afterwards, and nothing is ever moved.
 
 Shape letters: B batch, T frames of this forward, S tokens a frame, H heads, E head size, R slots of the temporal ring,
 K frames of the spatial prefix, M text tokens.
@@ -71,9 +71,7 @@ class FrameClock:
         UsageError: a window that the model's positions can't express.
     """
 
-    def __init__(
-        self, config: ModelConfig, context_frames: int | None = None, sink_frames: int | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, context_frames: int | None = None, sink_frames: int | None = None) -> None:
         self.kind = config.temporal_positions
         self.context_frames = config.context_frames if context_frames is None else context_frames
         self.sink_frames = config.sink_frames if sink_frames is None else sink_frames
@@ -81,8 +79,10 @@ class FrameClock:
         self.table = config.table_length
         largest = self.table - config.chunk_frames
         if self.kind is TemporalPositions.CYCLIC and self.context_frames > largest:
-            raise UsageError(f"context frames: {self.context_frames} is more than the {largest} of the model's position table")
-        if not 1 <= self.context_frames:
+            raise UsageError(
+                f"context frames: {self.context_frames} is more than the {largest} of the model's position table"
+            )
+        if self.context_frames < 1:
             raise UsageError(f"context frames: {self.context_frames} must be at least 1")
         if self.sink_frames and self.sink_frames > self.context_frames - config.chunk_frames:
             raise UsageError(
@@ -208,7 +208,7 @@ class KVCache:
 
     @property
     def window_nbytes(self) -> int:
-        """Bytes of the P_max cached frames and the K prefix frames alone: the paper's formula, without the chunk's own slots."""
+        """Bytes of the P_max cached frames and the K prefix frames: the paper's formula, which has no slots for a chunk."""
         config = self.config
         frame = config.depth * self.batch_size * config.tokens_per_frame * 2 * config.hidden_size * self.dtype.itemsize
         return frame * (self.clock.context_frames + self.spatial_frames)

@@ -1,7 +1,7 @@
 """The layers of the transformer: embeddings, the four attentions, the MLP.
 
-Parameter names are those of the published checkpoint. Shape letters: B batch, T frames (P clean, then L noisy), S tokens
-a frame, D width, H heads, E head size, R slots of the temporal ring, K frames of the spatial prefix, M text tokens.
+Parameter names are those of the published checkpoint. Shape letters: B batch, T frames (P clean, L noisy), S tokens a
+frame, D width, H heads, E head size, R slots of the temporal ring, K frames of the spatial prefix, M text tokens.
 """
 
 from __future__ import annotations
@@ -70,15 +70,14 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(self.features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(self.features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, timestep: Tensor) -> Tensor:
         half = self.features // 2
         frequency = torch.exp(-math.log(10_000) / half * torch.arange(half, device=timestep.device))
         angle = timestep.float()[:, None] * frequency
-        out: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        out: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype))
         return out
 
 
@@ -205,7 +204,7 @@ class TemporalAttention(SelfAttention):
 
     def forward(self, x: Tensor, plan: FramePlan, cache: LayerCache | None) -> Tensor:
         """(B, T, S, D) -> (B, T, S, D). With a cache, the frames' keys and values are put in their slots first."""
-        b, t, s, _ = x.shape
+        b, _, s, _ = x.shape
         q, k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in self.project(x))  # (B*S, H, T, E)
         if self.rope:
             cos, sin = rope_angles(plan.positions, self.head_size)

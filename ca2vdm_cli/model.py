@@ -1,14 +1,16 @@
 """The causal video diffusion transformer of Ca2-VDM (arXiv 2411.16375, section 3), from the top down.
 
 One forward serves training, recomputing and cached denoising. Frames attend only to earlier frames, and clean frames
-always carry timestep 0, so what a clean frame contributes never depends on the noisy ones: it can be fed again each time
-or read from a cache that is passed in, and the result is the same.
+always carry timestep 0, so what a clean frame contributes never depends on the noisy ones: it can be fed again each
+time or read from a cache that is passed in, and the result is the same.
 
 Parameter names are those of the published checkpoint. Shape letters: B batch, C channels, T frames (P clean, then L
 noisy), h, w latent height and width, S tokens a frame, D width, M text tokens.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,10 @@ class CausalVideoTransformer(nn.Module):
             backend.prepare(block)
 
     @property
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", self.blocks)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return self.x_embedder.proj.weight.dtype
@@ -105,7 +111,7 @@ class CausalVideoTransformer(nn.Module):
         time = None
         if self.pos_embed_temporal is not None:
             time = self.pos_embed_temporal[0, plan.positions].unsqueeze(-2).to(self.dtype)  # ([B,] T, 1, D)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._blocks):
             layer = cache.layers[i] if cache is not None else None
             last = writes_only and i == len(self.blocks) - 1
             run = block if self._compiles(frames, cache) else block.forward
@@ -122,9 +128,11 @@ class CausalVideoTransformer(nn.Module):
 
     def context_plan(self, clean_frames: int, noisy_frames: int, start: int, clock: FrameClock) -> FramePlan:
         """The plan that feeds the last ``clean_frames`` frames before frame ``start`` again, then the chunk."""
-        numbers = [*clock.context(start)[-clean_frames:], *range(start, start + noisy_frames)] if clean_frames else [
-            *range(start, start + noisy_frames)
-        ]
+        numbers = (
+            [*clock.context(start)[-clean_frames:], *range(start, start + noisy_frames)]
+            if clean_frames
+            else [*range(start, start + noisy_frames)]
+        )
         positions = torch.tensor([clock.position(f, start) for f in numbers])
         return sequence_plan(self.config, clean_frames, noisy_frames, positions, self.device)
 
@@ -138,10 +146,11 @@ class CausalVideoTransformer(nn.Module):
         if self.y_embedder is None:
             return []
         caption = self.y_embedder(embedding.to(self.dtype))
-        return [block.cross_attn.keys_values(caption, mask.bool()) for block in self.blocks]
+        attentions = [block.cross_attn for block in self._blocks if block.cross_attn is not None]
+        return [attention.keys_values(caption, mask.bool()) for attention in attentions]
 
     def _embed_timesteps(self, timestep: Tensor, clean: int, frames: int) -> Tensor:
-        """(B,) -> (B, T, D): zero for the clean frames, the given timestep for the noisy ones; once a frame, not a token."""
+        """(B,) -> (B, T, D): 0 for clean frames, the given timestep for noisy ones; once a frame, not a token."""
         batch = timestep.shape[0]
         parts = []
         if clean:
@@ -177,10 +186,11 @@ class CausalVideoTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for block in self.blocks:
+        nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
+        for layer in (*self.t_embedder.mlp, *self.t_block):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        for block in self._blocks:
             block.zero_added_branches()
         nn.init.zeros_(self.final_layer.linear.weight)
 

@@ -1,7 +1,7 @@
 """Recorded runs: safetensors files that carry a model, its configuration, inputs, and what it answered.
 
 They come from the published code, or from anybody who wants to show that two implementations agree. Metadata key
-``config`` is JSON; tensors are named ``weights.*``, ``input.*`` and ``expected.*``. A tensor that is absent is not checked.
+``config`` is JSON; tensors are named ``weights.*``, ``input.*`` and ``expected.*``. What is absent is not checked.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from .diffusion import NoiseProcess, interpolate_variance, posterior
 from .errors import UsageError
 from .kv_cache import FrameClock, KVCache, TextKeysValues
 from .model import CausalVideoTransformer
+from .runtime import synchronize
 
 DrawNoise = Callable[[int], Tensor]
 """Standard normal noise (B, C, L, h, w) to be added after denoising step i."""
@@ -146,7 +147,7 @@ class DiffusersSampler(Sampler):
             import diffusers
         except ImportError:
             raise UsageError(
-                f"sampler: {name!r} is none of {', '.join(SAMPLERS)}; schedulers of diffusers need pip install 'ca2vdm[latent]'"
+                f"sampler: {name!r} is none of {', '.join(SAMPLERS)}; more with pip install 'ca2vdm[latent]'"
             ) from None
         kind = getattr(diffusers, name, None)
         if not (isinstance(kind, type) and hasattr(kind, "set_timesteps") and hasattr(kind, "from_config")):
@@ -273,6 +274,9 @@ class Strategy(str, Enum):
 class Context(ABC):
     """The finished frames of a run, as a denoising step sees them. Both kinds share everything else."""
 
+    clock: FrameClock
+    """Where frames sit in time."""
+
     def __init__(self, model: CausalVideoTransformer) -> None:
         self.model = model
         self.text: list[TextKeysValues] = []
@@ -305,7 +309,7 @@ class CachedContext(Context):
 
     def __init__(self, model: CausalVideoTransformer, cache: KVCache) -> None:
         super().__init__(model)
-        self.cache = cache
+        self.cache, self.clock = cache, cache.clock
 
     @property
     def frames(self) -> int:
@@ -397,12 +401,6 @@ class LatentChunk:
     """Time of the N denoising steps."""
     write_seconds: float
     """Time to make the frames context of the next chunk; 0 for the last chunk, which has none."""
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told, so that clocks tell the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def make_context(

@@ -116,11 +116,12 @@ class Trainer:
             self.process,
             latents,
             prefix,
+            timestep_shift=training.timestep_shift,
             variance_weight=training.variance_weight,
             generator=generator,
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip)
         if not math.isfinite(norm.item()):
             raise UserError(
@@ -132,9 +133,7 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - began
         frames = training.batch_size * chunk
-        return StepReport(
-            self.step, loss.item(), terms, rate, norm.item(), prefix, seconds, encoded - began, frames
-        )
+        return StepReport(self.step, loss.item(), terms, rate, norm.item(), prefix, seconds, encoded - began, frames)
 
     @torch.no_grad()
     def _latents(self, frames: int) -> Tensor:
@@ -159,7 +158,9 @@ class Trainer:
         decay = min(self.preset.training.ema_decay, (1 + self.step) / (10 + self.step))
         own = self.model.state_dict()
         averages = [v for v in self.average.values() if v.is_floating_point()]
-        torch._foreach_lerp_(averages, [own[k].detach() for k, v in self.average.items() if v.is_floating_point()], 1 - decay)
+        torch._foreach_lerp_(
+            averages, [own[k].detach() for k, v in self.average.items() if v.is_floating_point()], 1 - decay
+        )
 
     # ------------------------------------------------------------------------------------------------- on disk
     def save(self, folder: Path) -> None:

@@ -14,7 +14,6 @@ import shutil
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -24,7 +23,7 @@ from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import av
 import cv2
@@ -33,7 +32,7 @@ from av.container import InputContainer
 from av.filter import Graph
 from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -87,14 +86,6 @@ def write_image(path: str | Path, frame: Frame) -> None:
     with _unwritable(str(path)):
         picture = cv2.cvtColor(to_channels(frame, 3), cv2.COLOR_RGB2BGR)
         path.write_bytes(cv2.imencode(path.suffix.lower(), picture)[1].tobytes())
-
-
-def _read_image(path: Path) -> Frame:
-    """Decodes an image, upright as its EXIF orientation says; transparency and bits beyond the eighth are dropped."""
-    picture = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
-    if picture is None:
-        raise ValueError("damaged, or not an image")
-    return _pixels(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
 
 
 def _resize(frame: Frame, size: Size) -> Frame:
@@ -189,7 +180,7 @@ class VideoReader:
         name: what to call it in messages.
         fps: frames per second (the average, where they vary); None for images, folders and archives.
         frame_count: how many frames the file claims to have; None where it does not say.
-        height, width: size in pixels, upright as the file's rotation says.
+        height, width: size in pixels, upright where the file says how it was held (mirroring is ignored).
     """
 
     def __init__(self, name: str, frames: Generator[Frame, None, None], fps: Fraction | None, frame_count: int | None):
@@ -230,17 +221,13 @@ def open_reader(source: str | Path) -> VideoReader:
     if name == "-":
         if sys.stdin.isatty():
             raise UsageError("standard input is a terminal; pipe a video into it, or name a file")
-        return _open_video("standard input", sys.stdin.buffer)
-    if not os.path.exists(path):  # which, unlike Path.exists, raises nothing
+        return _open_video("standard input", None)
+    if not os.path.exists(name):  # raises nothing, unlike Path.exists
         raise UsageError(f"{name}: no such file or folder; name a local video, image or folder, or - for a pipe")
     with _unreadable(name):
         if path.is_dir():
             return _open_folder(name, path)
-        if path.suffix.lower() == ".npz":
-            return _open_archive(name, path)
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            return VideoReader(name, _read_images([path]), None, 1)
-        return _open_video(name, path.open("rb"))
+        return _open_archive(name, path) if path.suffix.lower() == ".npz" else _open_video(name, path)
 
 
 def _open_folder(name: str, folder: Path) -> VideoReader:
@@ -254,23 +241,23 @@ def _open_folder(name: str, folder: Path) -> VideoReader:
 
 
 def _read_images(paths: list[Path]) -> Generator[Frame, None, None]:
-    shape: tuple[int, ...] = ()
+    first: Frame | None = None
     for path in paths:
-        with _unreadable(str(path)):
-            frame = _read_image(path)
-            shape = shape or frame.shape
-            if frame.shape != shape:
-                raise ValueError(f"{frame.shape[:2]} pixels high and wide, but {paths[0].name} is {shape[:2]}")
+        with _open_video(str(path), path) as reader:
+            frame = next(reader)
+        first = frame if first is None else first
+        if frame.shape != first.shape:
+            sizes = f"{frame.shape[1]}x{frame.shape[0]}, unlike {paths[0].name}, {first.shape[1]}x{first.shape[0]}"
+            raise UserError(f"{path}: {sizes}; a folder needs images of one size")
         yield frame
 
 
 def _open_archive(name: str, path: Path) -> VideoReader:
-    if not zipfile.is_zipfile(path):
-        raise ValueError("not a NumPy archive")
-    with np.load(path, allow_pickle=False) as archive:
-        if "frames" not in archive:
-            raise ValueError("no array called frames in it")
-        frames = np.asarray(archive["frames"])
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            frames = np.asarray(archive["frames"])
+    except Exception as error:  # NumPy and zipfile do not say what they may raise over a damaged file
+        raise ValueError(f"no array called frames could be loaded from it: {error}") from error
     if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[3:] not in ((), (1,), (3,)):
         raise ValueError(f"frames is {frames.dtype} {frames.shape}, not uint8 (T, H, W[, 1 or 3])")
     return VideoReader(name, (to_channels(frame, 3) for frame in frames), None, len(frames))
@@ -298,23 +285,23 @@ class _Pipe:
             raise self._error
 
 
-def _open_video(name: str, file: BinaryIO) -> VideoReader:
-    # FFmpeg sees bytes without a name and may open nothing else: a playlist inside the file leads nowhere.
-    # The methods of a file are C functions, during which no KeyboardInterrupt is raised.
-    pipe = None if file.seekable() else _Pipe(file)
-    source = pipe or SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
-    options = {"protocol_whitelist": "none", "fflags": "+discardcorrupt"}
+def _open_video(name: str, path: Path | None) -> VideoReader:
+    """Opens what FFmpeg can read in a file or, without a path, on standard input."""
     with ExitStack() as stack, _unreadable(name):
-        if file is not sys.stdin.buffer:
-            stack.enter_context(file)
+        file: BinaryIO = stack.enter_context(path.open("rb")) if path else sys.stdin.buffer
+        # FFmpeg sees bytes without a name and may open nothing else: a playlist inside the file leads nowhere.
+        # The methods of a file are C functions, during which no KeyboardInterrupt is raised.
+        pipe = None if file.seekable() else _Pipe(file)
+        source = pipe or SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+        options = {"protocol_whitelist": "none", "fflags": "+discardcorrupt"}
         try:
             container = stack.enter_context(av.open(source, "r", container_options=options))
         finally:
             if pipe:
                 pipe.check()
         stream = container.streams.best("video")
-        if not isinstance(stream, VideoStream):
-            raise ValueError("no video in it")
+        if not isinstance(stream, VideoStream) or not stream.codec_context:
+            raise ValueError("no video in it, or of an unknown kind")
         if stream.height * stream.width > MAX_PIXELS:
             raise ValueError(f"frames of {stream.width}x{stream.height} are too large")
         still = container.format.name.endswith("_pipe")  # an image, whose rate and length FFmpeg makes up
@@ -331,31 +318,31 @@ def _decode(
             yield from container.demux(stream)
         yield None  # what the decoder still holds
 
+    scaler = VideoReformatter()  # one for all frames: setting it up takes ten times as long as using it
     with stack, _unreadable(name):
         for packet in packets():
             if pipe:
                 pipe.check()
-            with suppress(av.error.InvalidDataError, EOFError):  # a damaged packet; a decoder that is empty already
+            with suppress(av.FFmpegError):  # a damaged packet, or a decoder that is empty already
                 for picture in stream.decode(packet):
-                    # A file's rotation counts counterclockwise, as rot90 does.
-                    rgb = picture.to_ndarray(format="rgb24", interpolation=_EXACT_COLOURS)
-                    yield _pixels(np.rot90(rgb, round(picture.rotation / 90)))
+                    rgb = scaler.reformat(picture, format="rgb24", interpolation=_EXACT_COLOURS).to_ndarray()
+                    yield _pixels(np.rot90(rgb, round(picture.rotation / 90)))  # both count counterclockwise
 
 
 def _rate(stream: VideoStream) -> Fraction | None:
     """The nominal frame rate where it is close to the average, else the average; None where there is neither."""
-    seconds = (stream.duration or 0) * (stream.time_base or Fraction(0))
-    average = stream.frames / seconds if stream.frames and seconds else stream.average_rate
-    rates = [rate for rate in (average, stream.guessed_rate) if rate and 0 < rate <= MAX_RATE]
+    # PyAV 19 has rationals of its own, and false ones where earlier there was None.
+    tick, *rates = [
+        Fraction(rate.numerator, rate.denominator) if rate else Fraction(0)
+        for rate in (stream.time_base, stream.average_rate, stream.guessed_rate)
+    ]
+    if stream.frames and stream.duration and tick:
+        rates[0] = stream.frames / (stream.duration * tick)  # exact; the file's own average may be of a few frames
+    rates = [rate for rate in rates if 0 < rate <= MAX_RATE]
     return rates[-1] if rates and abs(rates[-1] / rates[0] - 1) < 0.05 else rates[0] if rates else None
 
 
 # --- errors of the libraries ------------------------------------------------------------------------------------------
-
-_LIBRARY_ERRORS = (
-    *(av.FFmpegError, cv2.error, zipfile.BadZipFile, zlib.error),
-    *(OSError, ValueError, MemoryError, EOFError),
-)
 
 
 @contextmanager
@@ -365,7 +352,7 @@ def _translated(name: str, what: str, advice: str) -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except _LIBRARY_ERRORS as error:
+    except (av.FFmpegError, cv2.error, OSError, ValueError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or getattr(error, "err", None) or str(error) or type(error).__name__
         raise UserError(f"{name}: {what} ({' '.join(reason.split())}); {advice}") from error
 
@@ -417,7 +404,7 @@ class VideoWriter:
         self._kind, self._fps, self._target, self._path = kind, fps, path, path
         if path and path.is_file():
             self._path = path.with_name(f".{path.name}.{os.getpid()}.part")
-        self._sink: _Sink | None = None
+        self._sink: _Movie | _Images | _Archive | None = None
         self._shape: tuple[int, ...] = ()
         self._failed = self._closed = False
 
@@ -461,7 +448,7 @@ class VideoWriter:
                 else:
                     self._path.unlink()
 
-    def _open(self, height: int, width: int) -> _Sink:
+    def _open(self, height: int, width: int) -> _Movie | _Images | _Archive:
         if not self._path:
             return _Movie(self._kind, None, self._fps, height, width)
         if self._kind is OutputFormat.PNG:
@@ -500,15 +487,16 @@ def open_writer(
     if name == "-":
         return VideoWriter("standard output", kind, rate, None)
     path = Path(os.path.realpath(name))
-    folder = path if os.path.isdir(path) else path.parent
-    nearest = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
-    if not (os.path.isdir(nearest) and os.access(nearest, os.W_OK)):
+    # A folder, device or named pipe is written into; a file is put into the nearest folder that is there.
+    places = path.parents if os.path.isfile(path) else (path, *path.parents)
+    nearest = next(place for place in places if os.path.exists(place))
+    if not os.access(nearest, os.W_OK) or os.path.isfile(nearest):
         raise UsageError(f"{name}: {nearest} is not a folder that you can write to; choose another output")
     if kind is OutputFormat.PNG and os.path.isfile(path):
         raise UsageError(f"{name}: a file, not a folder for PNGs; choose another output")
-    if os.path.isfile(path) or (os.path.isdir(path) and any(map(_PNG_NAME.fullmatch, os.listdir(path)))):
-        if not overwrite:
-            raise UsageError(f"{name}: exists already; choose another output, or replace it with --overwrite")
+    exists = any(map(_PNG_NAME.fullmatch, os.listdir(path))) if os.path.isdir(path) else os.path.isfile(path)
+    if exists and not overwrite:
+        raise UsageError(f"{name}: exists already; choose another output, or replace it with --overwrite")
     return VideoWriter(name, kind, rate, path)
 
 
@@ -536,14 +524,6 @@ def _output_format(name: str, format: str | None) -> OutputFormat:
     raise UsageError(
         f"{name}: cannot be written as {format or implied!r}; use {known} (PNGs go to a folder, ending in /)"
     )
-
-
-class _Sink(Protocol):
-    """Writes RGB frames of one size somewhere."""
-
-    def write(self, frame: Frame) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class _Codec(NamedTuple):
@@ -579,6 +559,7 @@ class _Movie:
         assert isinstance(stream, VideoStream)
         self._stream, self._fps, self._count, self._torn = stream, fps, 0, False
         self._palette = _palette_graph(height, width, fps) if kind is OutputFormat.GIF else None
+        self._scaler = VideoReformatter()
         self._h264 = codec.encoder == "libx264"
         odd = height % 2 or width % 2
         stream.height, stream.width = height, width
@@ -594,7 +575,8 @@ class _Movie:
         picture = VideoFrame.from_ndarray(frame, format="rgb24")
         if not self._palette:
             matrix = Colorspace.ITU709 if self._h264 else Colorspace.ITU601
-            picture = picture.reformat(
+            picture = self._scaler.reformat(
+                picture,
                 format=self._stream.pix_fmt,
                 dst_colorspace=matrix,
                 dst_color_range=ColorRange.MPEG,
@@ -676,16 +658,19 @@ class _Archive:
 
     def __init__(self, path: Path, height: int, width: int) -> None:
         self._path, self._shape, self._count = path, (height, width, 3), 0
-        self._frames = tempfile.TemporaryFile(dir=path.parent)
+        self._frames = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - close() closes it
 
     def write(self, frame: Frame) -> None:
         self._frames.write(np.ascontiguousarray(frame).data)
         self._count += 1
 
     def close(self) -> None:
-        with self._frames, zipfile.ZipFile(self._path, "w") as archive:
-            with archive.open("frames.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (self._count, *self._shape)}
-                np.lib.format.write_array_header_1_0(file, header)
-                self._frames.seek(0)
-                shutil.copyfileobj(self._frames, file, 1 << 20)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self._count, *self._shape)}
+        with (
+            self._frames,
+            zipfile.ZipFile(self._path, "w") as archive,
+            archive.open("frames.npy", "w", force_zip64=True) as file,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
+            self._frames.seek(0)
+            shutil.copyfileobj(self._frames, file, 1 << 20)

@@ -1,0 +1,60 @@
+"""``ca2vdm`` and ``python -m ca2vdm_cli``: run a command, and turn what goes wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from .errors import UsageError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 when it worked (also when the reader of standard output went away), 1 when the run failed, 2 when the request
+        was wrong, 130 on Ctrl-C.
+    """
+    from .cli import CliError, Interrupted, OutputClosed, run
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        code = run([argument for argument in given if argument != "--debug"])
+        sys.stdout.flush()
+        return code
+    except (BrokenPipeError, OutputClosed):
+        _discard_output()
+        return 0
+    except (KeyboardInterrupt, Interrupted):
+        return 130
+    except (UserError, CliError) as error:
+        if debug:
+            raise
+        from .terminal import print_error
+
+        known = error if isinstance(error, UserError) else UsageError(str(getattr(error, "message", error)))
+        print_error(known)
+        return known.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        from .terminal import print_error
+
+        print_error(
+            UserError(
+                f"{type(error).__name__}: {error} (a fault of the program; --debug shows where, please report it)"
+            )
+        )
+        return 1
+
+
+def _discard_output() -> None:
+    """Nobody reads standard output any more: keep Python from complaining about that when it exits."""
+    with open(os.devnull, "w", encoding="ascii") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,369 @@
+"""The command line: every flag, and nothing else. Each command imports what it needs when it runs.
+
+This module must stay free of torch, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from . import __version__
+
+# newer versions of typer carry their own copy of click
+_click = import_module("typer._click.exceptions" if find_spec("typer._click") else "click.exceptions")
+CliError: type[Exception] = _click.ClickException
+
+
+class Interrupted(Exception):
+    """Ctrl-C, after the command has tidied up."""
+
+
+class OutputClosed(Exception):
+    """Whoever read standard output has gone."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """Keeps click from handling Ctrl-C and closed pipes itself: it would print, and exit with 1."""
+
+    def invoke(self, context: typer.Context) -> object:  # type: ignore[override]
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:
+            raise OutputClosed from None
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
+app = typer.Typer(
+    name="ca2vdm",
+    cls=_Commands,
+    help="Long videos from a causal video diffusion model: each frame's keys and values are computed once and cached.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="--debug, with any command, shows the traceback of an error.",
+)
+
+__all__ = ["CliError", "Interrupted", "OutputClosed", "app", "run"]
+
+
+class StrategyName(str, Enum):
+    """``sampler.Strategy``, without importing torch."""
+
+    cached = "cached"
+    recompute = "recompute"
+
+
+class DtypeName(str, Enum):
+    """``runtime.Dtype``, without importing torch."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class AspectName(str, Enum):
+    """``video_io.Aspect``, without importing PyAV."""
+
+    crop = "crop"
+    pad = "pad"
+    stretch = "stretch"
+
+
+class Opponent(str, Enum):
+    """What ``bench`` compares the cache with."""
+
+    recompute = "recompute"
+
+
+PresetOption = Annotated[str | None, typer.Option(help="A preset's name, file or folder (see `ca2vdm presets`).")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option(help="Weights to use: a safetensors file, or a training run's folder.")
+]
+FramesOption = Annotated[int | None, typer.Option(min=1, help="How many frames; any number. Default: the preset's.")]
+NumVideosOption = Annotated[int, typer.Option(min=1, help="How many different videos; -o gets a number each.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all randomness. Does not depend on length or batch.")]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk. Default: the preset's.")]
+SamplerOption = Annotated[
+    str | None, typer.Option(help="ancestral, ddim, dpm++, or a scheduler class of diffusers. Default: the preset's.")
+]
+BackendOption = Annotated[str, typer.Option(help="How to run the model (see `ca2vdm backends`); auto picks the best.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+DtypeOption = Annotated[DtypeName, typer.Option(help="auto is bfloat16 where the processor computes in it natively.")]
+StrategyOption = Annotated[StrategyName, typer.Option(help="How finished frames reach the network.")]
+ContextOption = Annotated[int | None, typer.Option(min=1, help="Window in frames. Default: the preset's.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. model.sink_frames=2. Repeatable."),
+]
+OutputOption = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="PATH|-",
+        help="mp4, mkv, gif, npz, y4m, a folder of PNGs (ends in /), or - for y4m on standard output.",
+    ),
+]
+FormatOption = Annotated[str | None, typer.Option(help="Output format, whatever the suffix says.")]
+FpsOption = Annotated[float | None, typer.Option(help="Frames per second of the output.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object with all figures on standard output.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]
+OverwriteOption = Annotated[bool, typer.Option(help="Replace an existing output.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ca2vdm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def sample(
+    preset: PresetOption = None,
+    checkpoint: CheckpointOption = None,
+    frames: FramesOption = None,
+    first_frame: Annotated[
+        str | None, typer.Option(metavar="IMAGE|VIDEO", help="Begin with this picture, or a video's first frame.")
+    ] = None,
+    num_videos: NumVideosOption = 1,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    sampler: SamplerOption = None,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = DtypeName.auto,
+    strategy: StrategyOption = StrategyName.cached,
+    context_frames: ContextOption = None,
+    set_: SetOption = None,
+    output: OutputOption = None,
+    format: FormatOption = None,
+    fps: FpsOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Make a video of any length, from nothing or from a first frame."""
+    from .commands.generate import Request, run_sample
+
+    run_sample(Request(**_request(locals())), first_frame)
+
+
+@app.command()
+def extend(
+    input: Annotated[
+        str, typer.Argument(metavar="INPUT|-", help="A video, an image, a folder of images, or - for a pipe.")
+    ],
+    preset: PresetOption = None,
+    checkpoint: CheckpointOption = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="How many new frames. Default: the preset's.")] = None,
+    only_new: Annotated[
+        bool, typer.Option("--only-new", help="Write the new frames without the input before them.")
+    ] = False,
+    aspect: Annotated[
+        AspectName, typer.Option(help="When the input's shape is not the model's: cut, add bars, or distort.")
+    ] = AspectName.crop,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH|model", help="Size of the output. Default: the input's.")
+    ] = None,
+    num_videos: NumVideosOption = 1,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    sampler: SamplerOption = None,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = DtypeName.auto,
+    strategy: StrategyOption = StrategyName.cached,
+    context_frames: ContextOption = None,
+    set_: SetOption = None,
+    output: OutputOption = None,
+    format: FormatOption = None,
+    fps: FpsOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Continue a video: its last frames go into the cache, and new ones follow."""
+    from .commands.generate import Request, run_extend
+
+    run_extend(Request(**_request(locals())), input, only_new=only_new, aspect=aspect.value, size=size)
+
+
+@app.command()
+def train(
+    preset: PresetOption = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A folder of videos, or one video. Default: the preset's synthetic data."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where weights and state go.")] = Path("runs/train"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: the preset's.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to begin from (fine-tuning).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --out.")] = False,
+    seed: SeedOption = 0,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+    set_: SetOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a model (and first, where it needs one, its autoencoder) on videos or on the preset's synthetic data."""
+    from .commands.train import run
+
+    run(preset, data, out, steps, checkpoint, resume, seed, backend, device, set_ or [], as_json=json, quiet=quiet)
+
+
+@app.command()
+def bench(
+    compare: Annotated[Opponent, typer.Option(help="What to compare the cache with.")] = Opponent.recompute,
+    preset: Annotated[str, typer.Option(help="A preset's name, file or folder.")] = "bench-small",
+    checkpoint: CheckpointOption = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Length in frames. Default: four chunks past the window.")
+    ] = None,
+    steps: StepsOption = None,
+    sampler: SamplerOption = None,
+    seed: SeedOption = 0,
+    context_frames: ContextOption = None,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = DtypeName.auto,
+    set_: SetOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure what the cache gains, with the same weights, seed, backend and precision in one run."""
+    from .commands.bench import run
+
+    run(
+        preset,
+        checkpoint,
+        frames,
+        steps,
+        sampler,
+        seed,
+        context_frames,
+        backend,
+        device,
+        dtype.value,
+        set_ or [],
+        as_json=json,
+        quiet=quiet,
+    )
+
+
+@app.command()
+def verify(
+    preset: PresetOption = None,
+    checkpoint: CheckpointOption = None,
+    recorded: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Check against a recorded run instead, which carries its own weights."),
+    ] = None,
+    steps: StepsOption = None,
+    seed: SeedOption = 0,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: Annotated[DtypeName, typer.Option(help="float32 finds the subtlest fault.")] = DtypeName.float32,
+    set_: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Check that cached and recomputed frames are the same, on your own weights; exit code 1 if they are not."""
+    from .commands.verify import run
+
+    raise typer.Exit(
+        run(preset, checkpoint, recorded, steps, seed, backend, device, dtype.value, set_ or [], as_json=json)
+    )
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A state dict in the published format: .pt, .pth or .safetensors."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The safetensors file to write.")],
+    preset: Annotated[str, typer.Option(help="The preset whose model it is.")],
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Number format to store; auto keeps each tensor's own.")
+    ] = DtypeName.auto,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Accept missing tensors, which are initialised afresh.")
+    ] = False,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Turn a published-format checkpoint into weights for a preset, and say what matched. Nothing is unpickled."""
+    from .commands.convert import run
+
+    run(checkpoint, output, preset, dtype.value, set_ or [], partial=partial, overwrite=overwrite)
+
+
+@app.command()
+def backends(json: JsonOption = False, device: DeviceOption = "auto", dtype: DtypeOption = DtypeName.auto) -> None:
+    """List the backends, and why one is unavailable."""
+    from .commands.catalog import list_backends
+
+    list_backends(device, dtype.value, as_json=json)
+
+
+presets_app = typer.Typer(
+    help="List the presets; `presets show NAME` prints one.", invoke_without_command=True, rich_markup_mode=None
+)
+app.add_typer(presets_app, name="presets")
+
+
+@presets_app.callback()
+def presets(context: typer.Context, json: JsonOption = False) -> None:
+    """List the presets; `presets show NAME` prints one."""
+    if context.invoked_subcommand is None:
+        from .commands.catalog import list_presets
+
+        list_presets(as_json=json)
+
+
+@presets_app.command("show")
+def presets_show(
+    name: Annotated[str, typer.Argument(help="A preset's name, file or folder.")], set_: SetOption = None
+) -> None:
+    """Print a preset with every setting resolved, and what each means."""
+    from .commands.catalog import show_preset
+
+    show_preset(name, set_ or [])
+
+
+def _request(values: dict[str, Any]) -> dict[str, Any]:
+    """The flags that ``sample`` and ``extend`` share, under the names of ``Request``."""
+    shared = """preset checkpoint frames num_videos seed steps sampler backend device context_frames output format fps
+        quiet overwrite"""
+    request = {name: values[name] for name in shared.split()}
+    enums = {name: values[name].value for name in ("dtype", "strategy")}
+    return request | enums | {"overrides": values["set_"] or [], "as_json": values["json"]}
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line; returns its exit code, and lets errors through."""
+    command = typer.main.get_command(app)
+    if not arguments and sys.stdout.isatty():
+        arguments = ["--help"]
+    code = command.main(arguments, prog_name="ca2vdm", standalone_mode=False)
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,140 @@
+"""``train``: an autoencoder where one is needed, then the model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..autoencoder import Autoencoder, ConvAutoencoder, load_autoencoder, save_autoencoder, train_autoencoder
+from ..checkpoint import load_tensors
+from ..config import AutoencoderKind, Preset
+from ..data import ClipSource, MovingDigits, VideoFolder
+from ..errors import UsageError
+from ..pipeline import find_weights
+from ..plugins import choose_backend
+from ..presets import LoadedPreset
+from ..runtime import resolve_device
+from ..terminal import ProgressBar, duration, note, print_json
+from ..trainer import AUTOENCODER_FILE, STATE_FILE, WEIGHTS_FILE, StepReport, Trainer, train, write_preset
+
+
+def run(
+    preset: str | None,
+    data: Path | None,
+    out: Path,
+    steps: int | None,
+    checkpoint: Path | None,
+    resume: bool,
+    seed: int,
+    backend: str,
+    device: str,
+    overrides: list[str],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Train and say how it went."""
+    if resume and preset is None and checkpoint is None:
+        preset = str(out)
+    loaded, weights = find_weights(preset, checkpoint, overrides)
+    config, where = loaded.config, resolve_device(device)
+    if config.video is None:
+        raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
+    if resume != (out / STATE_FILE).is_file():
+        advice = f"no {STATE_FILE} there to resume from" if resume else "holds a run already; go on with --resume"
+        raise UsageError(f"--out {out}: {advice}, or choose another folder")
+    config = replace(
+        config,
+        training=replace(config.training, steps=steps or config.training.steps),
+        weights=WEIGHTS_FILE,
+        autoencoder_weights=AUTOENCODER_FILE if config.autoencoder.kind is AutoencoderKind.CONV else None,
+    )
+    source = _source(loaded, data, seed)
+    autoencoder = _autoencoder(loaded, config, source, out, where, seed, quiet)
+    write_preset(config, out)
+
+    trainer = Trainer(
+        config, source, autoencoder, choose_backend(backend, where, torch.float32), where, config.training.steps, seed
+    )
+    if resume:
+        trainer.resume(out)
+    elif checkpoint is not None and weights is not None:
+        trainer.start_from(load_tensors(weights)[0], str(weights))
+    began, first_step, frames = time.perf_counter(), trainer.step, 0
+    losses: list[float] = []
+    with ProgressBar("training", trainer.steps, trainer.steps, quiet=quiet, unit="steps") as bar:
+        bar.advance(steps=trainer.step)
+
+        def on_step(report: StepReport) -> None:
+            nonlocal frames
+            frames += report.frames
+            losses.append(report.loss)
+            smooth = sum(losses[-50:]) / len(losses[-50:])
+            bar.advance(finished=report.step, info=f"loss {smooth:.4f}  lr {report.learning_rate:.1e}")
+
+        try:
+            train(trainer, out, on_step)
+        except KeyboardInterrupt:
+            note(f"interrupted at step {trainer.step}: go on with --resume --out {out}", quiet=quiet)
+            raise
+    seconds = time.perf_counter() - began
+    loss = sum(losses[-50:]) / max(1, len(losses[-50:]))
+    if as_json:
+        print_json(
+            {
+                "steps": trainer.step,
+                "seconds": seconds,
+                "steps_this_run": trainer.step - first_step,
+                "trained_frames_per_second": frames / seconds,
+                "loss": loss,
+                "output": str(out),
+            }
+        )
+    else:
+        note(f"trained to step {trainer.step} in {duration(seconds)}, loss {loss:.4f} → {out}", quiet=quiet)
+        note(f"  sample it with: ca2vdm sample --preset {out}", quiet=quiet)
+
+
+def _source(loaded: LoadedPreset, data: Path | None, seed: int) -> ClipSource:
+    config = loaded.config
+    assert config.video is not None
+    if data is not None:
+        return VideoFolder(data, config.video, seed, config.model.context_frames + config.model.chunk_frames)
+    if config.synthetic_data is None:
+        raise UsageError(f"preset {loaded.name}: it has no synthetic data; name a folder of videos with --data")
+    return MovingDigits(config.synthetic_data, config.video, seed)
+
+
+def _autoencoder(
+    loaded: LoadedPreset, config: Preset, source: ClipSource, out: Path, device: torch.device, seed: int, quiet: bool
+) -> Autoencoder:
+    """The preset's autoencoder; a conv one without weights is trained first. A copy goes beside the weights."""
+    assert config.video is not None
+    kept = out / AUTOENCODER_FILE
+    path = kept if kept.is_file() else loaded.autoencoder_weights_path
+    torch.manual_seed(seed)
+    autoencoder = load_autoencoder(config.autoencoder, config.video, config.model.in_channels, path)
+    autoencoder.to(device)
+    if not isinstance(autoencoder, ConvAutoencoder):
+        return autoencoder
+    if path is None:
+        steps = config.training.autoencoder_steps
+        if not steps:
+            raise UsageError(
+                f"preset {loaded.name}: its autoencoder has no weights; --set training.autoencoder_steps=N"
+            )
+        with ProgressBar("autoencoder", steps, steps, quiet=quiet, unit="steps") as bar:
+            train_autoencoder(
+                autoencoder,
+                source,
+                config.training,
+                seed,
+                lambda step, loss: bar.advance(finished=step, info=f"loss {loss:.4f}"),
+            )
+    if path != kept:
+        out.mkdir(parents=True, exist_ok=True)
+        save_autoencoder(autoencoder, kept)
+    return autoencoder

@@ -1,0 +1,112 @@
+"""The machine: devices, number formats, clocks and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from enum import Enum
+
+import torch
+
+from .errors import UsageError
+
+
+class Dtype(str, Enum):
+    """Number format of the model's weights, activations and cache."""
+
+    AUTO = "auto"
+    """bfloat16 where the processor computes in it natively, else float32."""
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` (a GPU if there is one) or any device name of PyTorch.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device cpu"
+        ) from None
+    return device
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware, rather than converting to float32 and back."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    if any(getattr(torch.cpu, check, bool)() for check in checks):
+        return True
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            features = next((line for line in file if line.lower().startswith("features")), "")  # 64-bit ARM
+    except OSError:
+        return False
+    return "bf16" in features.split()
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The PyTorch type that ``--dtype`` means on this device."""
+    if dtype is Dtype.AUTO:
+        return torch.bfloat16 if native_bfloat16(device) else torch.float32
+    kind: torch.dtype = getattr(torch, dtype.value)
+    return kind
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told, so that clocks tell the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest: of the process on a CPU (libraries included), of PyTorch's allocations on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class PeakMemory:
+    """By how much memory rises at the highest, from now on.
+
+    On Linux the kernel's high-water mark of the process is reset; elsewhere only a rise above the process's earlier
+    peak is seen. On a GPU it is PyTorch's allocations.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            try:
+                with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+                    file.write("5")
+            except OSError:
+                pass
+            self._before = self._resident("VmRSS")
+
+    def growth(self) -> int:
+        """Bytes above the start, at the highest."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        return max(0, self._resident("VmHWM") - self._before)
+
+    def _resident(self, field: str) -> int:
+        try:
+            with open("/proc/self/status", encoding="ascii") as file:
+                return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
+        except (OSError, StopIteration):
+            return peak_memory(self.device)

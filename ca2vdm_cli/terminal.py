@@ -1,0 +1,172 @@
+"""Everything that people see in the terminal: on standard error, since standard output is for video and JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from .errors import UserError
+
+
+def console() -> Console:
+    """Standard error, as Rich sees it."""
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+
+
+def output_console() -> Console:
+    """Standard output, for commands whose answer is text (``presets``, ``backends``); wide enough in a pipe."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def print_error(error: UserError) -> None:
+    """An error's one line."""
+    line = " ".join(str(error).split())
+    console().print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+
+
+def print_json(report: Mapping[str, Any]) -> None:
+    """The one JSON object of ``--json``, on standard output."""
+    sys.stdout.write(json.dumps(report) + "\n")
+    sys.stdout.flush()
+
+
+def note(message: str, *, quiet: bool = False) -> None:
+    """A line worth reading."""
+    if not quiet:
+        console().print(message, markup=False)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 12 ms, 3.41 s, 2 min 5 s."""
+    if seconds < 0.1:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 120:
+        return f"{seconds:.2f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+
+
+class _Rate(ProgressColumn):
+    """Finished units per second."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields.get("unit", "frames")
+        done, elapsed = task.fields.get("finished", 0), task.elapsed
+        rate = f"{done / elapsed:6.1f} {unit}/s" if done and elapsed else f"     – {unit}/s"
+        return Text(rate, style="progress.data.speed")
+
+
+class ProgressBar:
+    """A bar with frames per second and time left; silent when quiet or without a terminal.
+
+    Args:
+        description: what is going on.
+        total: small steps in all, which move the bar.
+        frames: frames in all, which are counted.
+        quiet: show nothing.
+        unit: what is counted.
+    """
+
+    def __init__(self, description: str, total: int, frames: int, *, quiet: bool = False, unit: str = "frames") -> None:
+        self._frames, self._unit = frames, unit
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[finished]}/{task.fields[frames]} {task.fields[unit]}"),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[info]}"),
+            console=console(),
+            transient=True,
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task(description, total=total, finished=0, frames=frames, unit=unit, info="")
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, *, finished: int | None = None, info: str | None = None, steps: int = 1) -> None:
+        """Move on by some small steps, and perhaps say how many frames are finished."""
+        fields: dict[str, Any] = {}
+        if finished is not None:
+            fields["finished"] = finished
+        if info is not None:
+            fields["info"] = info
+        self._progress.update(self._task, advance=steps, **fields)
+
+
+@contextmanager
+def status(message: str, *, quiet: bool = False) -> Iterator[None]:
+    """A spinner while something without countable steps goes on."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    with console().status(message):
+        yield
+
+
+def print_run_report(report: Mapping[str, Any]) -> None:
+    """What a run made, what memory it took, and where the time went."""
+    out = console()
+    what = f"{report['frames']} frames" + (f" × {report['num_videos']} videos" if report["num_videos"] > 1 else "")
+    out.print(
+        Text.assemble(
+            ("✔ ", "green"),
+            f"{what} in {duration(report['seconds'])}",
+            (f"  {report['frames_per_second']:.1f} frames/s", "bold"),
+            f", first chunk after {duration(report['first_chunk_seconds'])} → {report['output']}",
+        )
+    )
+    out.print(
+        f"  {report['preset']}, {report['strategy']}, {report['sampler']} × {report['steps']} steps, "
+        f"{report['backend']} on {report['device']} in {report['dtype']}, seed {report['seed']}",
+        style="dim",
+    )
+    context = "cache" if report["strategy"] == "cached" else "context"
+    memory = [("weights", "weights_bytes"), (context, "cache_bytes"), ("peak", "peak_memory_bytes")]
+    out.print("  memory  " + "  ".join(f"{name} [bold]{size(report[key])}[/]" for name, key in memory))
+    steps = [
+        ("denoise", "denoise_seconds"),
+        ("cache write", "cache_write_seconds"),
+        ("decode", "decode_seconds"),
+        ("encode", "encode_seconds"),
+        ("output", "output_seconds"),
+        ("start", "startup_seconds"),
+    ]
+    parts = (f"{name} [bold]{duration(report[key])}[/]" for name, key in steps if report[key] >= 1e-4)
+    out.print("  time    " + "  ".join(parts))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A plain table; columns whose name ends in ``>`` are right-aligned."""
+    out = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        out.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
+    for row in rows:
+        out.add_row(*row)
+    return out

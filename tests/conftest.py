@@ -1,0 +1,56 @@
+"""Small models that all tests share. Nothing here is trained; every weight is random, because a new model's added
+branches and last layer are zero and a test on it would pass whatever the branches did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ca2vdm_cli.config import ModelConfig
+from ca2vdm_cli.model import CausalVideoTransformer
+from ca2vdm_cli.plugins import backends
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., ModelConfig]:
+    """``make_config(depth=1, ...)``: a window of 6 frames, chunks of 2 and a spatial prefix of 3, which is longer."""
+
+    def make(**changes: Any) -> ModelConfig:
+        settings: dict[str, Any] = {
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "latent_height": 4,
+            "latent_width": 4,
+            "context_frames": 6,
+            "chunk_frames": 2,
+            "spatial_prefix_frames": 3,
+        }
+        return ModelConfig(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(make_config: Callable[..., ModelConfig]) -> Callable[..., CausalVideoTransformer]:
+    """``make_model(depth=1, ...)``: a model of ``make_config``'s with random weights; ``backend`` names its backend."""
+
+    def make(backend: str = "eager", **changes: Any) -> CausalVideoTransformer:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = CausalVideoTransformer(make_config(**changes), backends()[backend])
+            randomize(model)
+        return model.eval().requires_grad_(False)
+
+    return make
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 32
+        parameter.normal_(std=fan_in**-0.5)
