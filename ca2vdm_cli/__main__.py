@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .errors import UsageError, UserError
+from .errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,38 +16,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 when it worked (also when the reader of standard output went away), 1 when the run failed, 2 when the request
         was wrong, 130 on Ctrl-C.
     """
-    from .cli import CliError, Interrupted, OutputClosed, run
-
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
+        from .cli import run
+
         code = run([argument for argument in given if argument != "--debug"])
         sys.stdout.flush()
         return code
-    except (BrokenPipeError, OutputClosed):
+    except BrokenPipeError:
         _discard_output()
         return 0
-    except (KeyboardInterrupt, Interrupted):
+    except KeyboardInterrupt:
         return 130
-    except (UserError, CliError) as error:
-        if debug:
-            raise
-        from .terminal import print_error
-
-        known = error if isinstance(error, UserError) else UsageError(str(getattr(error, "message", error)))
-        print_error(known)
-        return known.exit_code
     except Exception as error:
         if debug:
             raise
         from .terminal import print_error
 
-        print_error(
-            UserError(
-                f"{type(error).__name__}: {error} (a fault of the program; --debug shows where, please report it)"
-            )
-        )
-        return 1
+        if not isinstance(error, UserError):
+            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            error = UserError(f"{what} (a fault of the program; --debug shows where, please report it)")
+        print_error(error)
+        return error.exit_code
 
 
 def _discard_output() -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from .compare import ChunkComparison, side_by_side
+from .generation import Strategy
 from .pipeline import Pipeline
-from .sampler import Strategy
+from .verify import tolerance
 
 
 def run_bench(
@@ -63,6 +64,7 @@ def run_bench(
         "speedup": ratio("steady_seconds_per_chunk"),
         "speedup_per_step": ratio("steady_seconds_per_step"),
         "speedup_total": ratio("seconds"),
+        "outputs_agree": all(row.difference <= tolerance(pipeline.model.dtype, row.scale) for row in before),
         "max_abs_difference_before_slide": max(row.difference for row in before),
         "max_abs_latent": max(row.scale for row in rows),
         "max_abs_difference_after_slide": max((row.difference for row in after), default=None),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +86,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, *, p
 def read_published(path: Path) -> dict[str, Tensor]:
     """The state dict of a published-format checkpoint: .safetensors, or .pt/.pth read with ``weights_only``.
 
-    The dict may be wrapped in ``ema``, ``model`` or ``state_dict`` (in this order of preference), and its keys may start
-    with ``module.``.
+    The dict may be wrapped in ``ema``, ``model`` or ``state_dict`` (in this order of preference), and its keys may
+    start with ``module.``.
 
     Raises:
         UserError: not such a file, or one that would need unpickling of code.
@@ -100,7 +99,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path}: no such file")
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        except Exception as error:  # a damaged file can make the unpickler raise anything
             reason = str(error).strip().splitlines()
             raise UserError(
                 f"{path}: not a plain checkpoint of tensors ({reason[0] if reason else type(error).__name__})"

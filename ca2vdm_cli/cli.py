@@ -5,7 +5,6 @@ This module must stay free of torch, so that ``--help`` is instant.
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,47 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import typer.core
 
 from . import __version__
+from .errors import UsageError
 
 # newer versions of typer carry their own copy of click
 _click = import_module("typer._click.exceptions" if find_spec("typer._click") else "click.exceptions")
-CliError: type[Exception] = _click.ClickException
-
-
-class Interrupted(Exception):
-    """Ctrl-C, after the command has tidied up."""
-
-
-class OutputClosed(Exception):
-    """Whoever read standard output has gone."""
-
-
-class _Commands(typer.core.TyperGroup):
-    """Keeps click from handling Ctrl-C and closed pipes itself: it would print, and exit with 1."""
-
-    def invoke(self, context: typer.Context) -> object:  # type: ignore[override]
-        try:
-            return super().invoke(context)
-        except BrokenPipeError:
-            raise OutputClosed from None
-        except KeyboardInterrupt:
-            raise Interrupted from None
-
 
 app = typer.Typer(
     name="ca2vdm",
-    cls=_Commands,
     help="Long videos from a causal video diffusion model: each frame's keys and values are computed once and cached.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="--debug, with any command, shows the traceback of an error.",
 )
-
-__all__ = ["CliError", "Interrupted", "OutputClosed", "app", "run"]
 
 
 class StrategyName(str, Enum):
@@ -361,9 +334,18 @@ def _request(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command line; returns its exit code, and lets errors through."""
+    """Run a command line; returns its exit code, and lets errors, Ctrl-C and closed pipes through.
+
+    Raises:
+        UsageError: an unknown command or flag, or a value that its flag does not take.
+    """
     command = typer.main.get_command(app)
-    if not arguments and sys.stdout.isatty():
-        arguments = ["--help"]
-    code = command.main(arguments, prog_name="ca2vdm", standalone_mode=False)
-    return code if isinstance(code, int) else 0
+    try:  # not command.main(), which would handle Ctrl-C and closed pipes itself: print, and exit with 1
+        with command.make_context("ca2vdm", arguments or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    except _click.ClickException as error:
+        where = error.ctx.command_path if getattr(error, "ctx", None) else "ca2vdm"
+        raise UsageError(f"{error.format_message().rstrip('.')}; see {where} --help") from error
+    return 0

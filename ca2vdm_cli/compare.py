@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from .errors import UsageError
-from .pipeline import Pipeline
+from .generation import Context, LatentChunk, SeededNoise, Strategy, generate, make_context
+from .pipeline import Pipeline, check_finite
 from .runtime import PeakMemory
-from .sampler import Context, LatentChunk, SeededNoise, Strategy, generate, make_context, make_sampler
+from .sampler import make_sampler
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def side_by_side(
         for strategy in strategies if index % 2 == 0 else reversed(strategies):
             memory = PeakMemory(model.device)
             made[strategy] = next(runs[strategy][1])
+            check_finite(made[strategy], model.dtype)
             growth[strategy] = memory.growth()
         reference = made[strategies[0]].latents
         apart = max(((made[s].latents - reference).abs().max().item() for s in strategies[1:]), default=0.0)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import BetaSchedule, DiffusionConfig, Prediction, TemporalPositions
-from .kv_cache import FrameClock
+from .frame_plan import FrameClock
 from .model import CausalVideoTransformer
 
 
@@ -34,14 +34,17 @@ class NoiseProcess:
         self.config = config
         self.cumulative = _cumulative_products(config)
 
-    def alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma (B, 1, 1, 1, 1) float32 of integer timesteps (B,)."""
-        kept = self.cumulative[timestep.cpu()].to(timestep.device)[:, None, None, None, None]
-        return kept.sqrt().float(), (1 - kept).sqrt().float()
+    def alpha_sigma(self, timestep: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """alpha and sigma (B, 1, 1, 1, 1) float32 of integer timesteps (B,).
+
+        Timesteps are best kept on the CPU, where the table is: looking them up then never waits for a GPU.
+        """
+        kept = self.cumulative[timestep.cpu()][:, None, None, None, None]
+        return kept.sqrt().float().to(device), (1 - kept).sqrt().float().to(device)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Latents (B, C, T, h, w) as they look at timesteps (B,)."""
-        alpha, sigma = self.alpha_sigma(timestep)
+        alpha, sigma = self.alpha_sigma(timestep, latents.device)
         return alpha * latents + sigma * noise
 
     def draw_timesteps(self, count: int, shift: float, generator: torch.Generator | None) -> Tensor:
@@ -54,12 +57,12 @@ class NoiseProcess:
         """What the network should predict."""
         if self.config.prediction is Prediction.EPSILON:
             return noise
-        alpha, sigma = self.alpha_sigma(timestep)
+        alpha, sigma = self.alpha_sigma(timestep, latents.device)
         return alpha * noise - sigma * latents
 
     def split(self, prediction: Tensor, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """The (latent, noise) that a prediction at x stands for, all (B, C, T, h, w) float32."""
-        alpha, sigma = self.alpha_sigma(timestep)
+        alpha, sigma = self.alpha_sigma(timestep, x.device)
         if self.config.prediction is Prediction.EPSILON:
             return (x - sigma * prediction) / alpha, prediction
         return alpha * x - sigma * prediction, sigma * x + alpha * prediction
@@ -71,7 +74,7 @@ class NoiseProcess:
         low, high = self.config.prefix_noise
         level = torch.randint(low, high + 1, (latents.shape[0],), generator=generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        return self.add_noise(latents, noise, level.to(latents.device)).to(latents.dtype)
+        return self.add_noise(latents, noise, level).to(latents.dtype)
 
 
 def training_loss(
@@ -103,7 +106,7 @@ def training_loss(
     config = model.config
     batch, chunk = clip.shape[0], config.chunk_frames
     clean, target_latents = clip[:, :, :prefix], clip[:, :, prefix : prefix + chunk]
-    timestep = process.draw_timesteps(batch, timestep_shift, generator).to(clip.device)
+    timestep = process.draw_timesteps(batch, timestep_shift, generator)
     noise = torch.randn(target_latents.shape, generator=generator).to(clip.device)
     x = process.add_noise(target_latents, noise, timestep)
 
@@ -117,7 +120,7 @@ def training_loss(
     keys_values = model.text_keys_values(*text) if text is not None else []
 
     inputs = torch.cat([process.perturb_prefix(clean, generator), x], dim=2)
-    out = model(inputs, timestep, plan, text=keys_values).float()
+    out = model(inputs, timestep.to(clip.device), plan, text=keys_values).float()
     prediction, variance = out[:, : config.in_channels], out[:, config.in_channels :]
     mse = F.mse_loss(prediction, process.target(target_latents, noise, timestep))
     terms = {"mse": mse.item()}
@@ -133,7 +136,7 @@ def posterior(beta: Tensor, previous: Tensor, current: Tensor) -> tuple[Tensor, 
     """q(x_s | x_t, latent) of DDPM, by the cumulative products at s (previous) and t (current), and beta between them.
 
     Returns:
-        Factors of latent and x_t in the mean, the log of its variance, and the log of beta (the variance's upper bound).
+        Factors of latent and x_t in the mean, the log of its variance, and the log of beta (its upper bound).
     """
     variance = beta * (1 - previous) / (1 - current)
     latent_factor = beta * previous.sqrt() / (1 - current)

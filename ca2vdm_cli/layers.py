@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Backend
-from .config import ModelConfig, SpatialPrefix, TemporalPositions
-from .kv_cache import FramePlan, LayerCache, TextKeysValues
+from .config import ModelConfig, SpatialPrefix
+from .frame_plan import FramePlan
+from .kv_cache import LayerCache, TextKeysValues
 
 
 def sincos_1d(positions: Tensor, size: int) -> Tensor:
@@ -28,16 +29,6 @@ def sincos_2d(height: int, width: int, size: int) -> Tensor:
     """(height*width, size): the first half of the channels tells the column, the second the row (as in DiT)."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.cat([sincos_1d(columns.flatten(), size // 2), sincos_1d(rows.flatten(), size // 2)], dim=1)
-
-
-def rope_angles(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, E) of rotary embedding, in pairs of neighbours, base 10000 (Su et al. 2021).
-
-    Angles are computed in float64: at frame 10⁵ a float32 angle is off by more than a hundredth.
-    """
-    frequency = 10_000.0 ** -(torch.arange(0, head_size, 2, dtype=torch.float64, device=positions.device) / head_size)
-    angle = (positions.to(torch.float64)[..., None] * frequency).repeat_interleave(2, dim=-1)
-    return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -198,17 +189,12 @@ class PrefixAttention(SelfAttention):
 class TemporalAttention(SelfAttention):
     """Each of the S positions attends over time, to itself and to earlier frames."""
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
-        super().__init__(config, backend)
-        self.rope = config.temporal_positions is TemporalPositions.ROPE
-
     def forward(self, x: Tensor, plan: FramePlan, cache: LayerCache | None) -> Tensor:
         """(B, T, S, D) -> (B, T, S, D). With a cache, the frames' keys and values are put in their slots first."""
         b, _, s, _ = x.shape
         q, k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in self.project(x))  # (B*S, H, T, E)
-        if self.rope:
-            cos, sin = rope_angles(plan.positions, self.head_size)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if plan.rotation is not None:
+            q, k = rotate(q, *plan.rotation), rotate(k, *plan.rotation)
         if cache is not None:
             k, v = self._store(k, v, plan, cache)
         out = self.attend(q, k, v, plan.temporal_mask)  # (B*S, H, T, E)
@@ -217,8 +203,8 @@ class TemporalAttention(SelfAttention):
     def write(self, x: Tensor, plan: FramePlan, cache: LayerCache) -> None:
         """Put the frames' keys and values in their slots, and nothing else."""
         k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in self.project(x, 1, 3))
-        if self.rope:
-            k = rotate(k, *rope_angles(plan.positions, self.head_size))
+        if plan.rotation is not None:
+            k = rotate(k, *plan.rotation)
         self._store(k, v, plan, cache)
 
     @staticmethod

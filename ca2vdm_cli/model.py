@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .attention import Backend
 from .config import ModelConfig, SpatialPrefix, TemporalPositions
-from .kv_cache import FrameClock, FramePlan, KVCache, LayerCache, TextKeysValues, sequence_plan
+from .frame_plan import FrameClock, FramePlan, rope_angles, sequence_plan
+from .kv_cache import KVCache, LayerCache, TextKeysValues
 from .layers import (
     CaptionEmbedder,
     CrossAttention,
@@ -28,7 +29,6 @@ from .layers import (
     SpatialAttention,
     TemporalAttention,
     TimestepEmbedder,
-    rope_angles,
     rotate,
     sincos_1d,
     sincos_2d,
@@ -145,9 +145,9 @@ class CausalVideoTransformer(nn.Module):
         """
         if self.y_embedder is None:
             return []
-        caption = self.y_embedder(embedding.to(self.dtype))
+        caption = self.y_embedder(embedding.to(self.device, self.dtype))
         attentions = [block.cross_attn for block in self._blocks if block.cross_attn is not None]
-        return [attention.keys_values(caption, mask.bool()) for attention in attentions]
+        return [attention.keys_values(caption, mask.to(self.device).bool()) for attention in attentions]
 
     def _embed_timesteps(self, timestep: Tensor, clean: int, frames: int) -> Tensor:
         """(B,) -> (B, T, D): 0 for clean frames, the given timestep for noisy ones; once a frame, not a token."""
@@ -168,7 +168,7 @@ class CausalVideoTransformer(nn.Module):
         """Count the frames; rope sinks move along with the window, by a rotation of their keys."""
         shift, sinks = cache.commit(frames), cache.clock.sink_frames
         if shift:
-            cos, sin = rope_angles(torch.tensor([shift], device=cache.device), self.config.head_size)
+            cos, sin = (t.to(cache.device) for t in rope_angles(torch.tensor([shift]), self.config.head_size))
             for layer in cache.layers:
                 layer.temporal_k[:, :, :sinks] = rotate(layer.temporal_k[:, :, :sinks], cos, sin)
 

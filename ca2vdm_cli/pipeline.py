@@ -24,14 +24,15 @@ from typing_extensions import Unpack
 from .attention import Backend
 from .autoencoder import Autoencoder, load_autoencoder
 from .checkpoint import load_tensors, load_weights
-from .config import Preset
+from .config import AutoencoderKind, Preset
 from .diffusion import NoiseProcess
-from .errors import UsageError
+from .errors import UsageError, UserError
+from .generation import Caption, Context, LatentChunk, SeededNoise, Strategy, generate, make_context
 from .model import CausalVideoTransformer
 from .plugins import choose_backend
 from .presets import DEFAULT_PRESET, PRESET_FILE, LoadedPreset, load_preset
 from .runtime import Dtype, resolve_device, resolve_dtype, synchronize
-from .sampler import Caption, Context, LatentChunk, SeededNoise, Strategy, generate, make_context, make_sampler
+from .sampler import make_sampler
 
 Frames = np.ndarray
 """uint8 pixels (B, T, H, W, channels)."""
@@ -133,14 +134,7 @@ class Pipeline:
         else:
             load_weights(model, load_tensors(weights)[0], str(weights))
         model = model.to(where, number).eval().requires_grad_(False)
-        autoencoder = None
-        if loaded.config.video is not None and (weights is not None or loaded.autoencoder_weights_path is not None):
-            autoencoder = load_autoencoder(
-                loaded.config.autoencoder,
-                loaded.config.video,
-                loaded.config.model.in_channels,
-                loaded.autoencoder_weights_path,
-            ).to(where)
+        autoencoder = None if weights is None else _load_autoencoder(loaded, where)
         return cls(loaded, model, autoencoder, trained=weights is not None)
 
     @property
@@ -175,7 +169,7 @@ class Pipeline:
             )
         if first_frame is None:
             return self._run(frames, None, options)
-        given = _repeat(first_frame[None], options)
+        given = _repeat(self._checked(first_frame[None]), options)
         if frames == 1:
             return iter([VideoChunk(0, given, 0.0, 0.0, 0.0, 0.0, 0)])
         return _after(given, self._run(frames - 1, given, options))
@@ -192,12 +186,25 @@ class Pipeline:
             UsageError: a request that can't be met.
         """
         window = options.get("context_frames") or self.config.model.context_frames
-        return self._run(frames, _repeat(given[-window:], options), options)
+        return self._run(frames, _repeat(self._checked(given)[-window:], options), options)
+
+    def _checked(self, given: Frames) -> Frames:
+        """Frames from the caller, if there are any and they are what the autoencoder takes."""
+        self._autoencoder()
+        video = self.config.video
+        assert video is not None
+        if given.dtype != np.uint8 or given.shape != (len(given) or 1, video.height, video.width, video.channels):
+            raise UsageError(
+                f"given frames: {given.dtype} {given.shape} must be uint8 (frames, {video.height}, {video.width}, "
+                f"{video.channels}), at least one"
+            )
+        return given
 
     def _run(self, frames: int, given: Frames | None, options: RunOptions) -> Iterator[VideoChunk]:
         """Check everything now, so that a wrong request fails before the first chunk is asked for."""
+        self._autoencoder()
         if frames < 1:
-            raise UsageError(f"--frames {frames}: must be at least 1")
+            raise UsageError("frames: there must be at least one to make")
         model, sampling = self.config.model, self.config.sampling
         solver = make_sampler(
             options.get("sampler") or sampling.sampler, self.process, options.get("steps") or sampling.steps
@@ -243,6 +250,7 @@ class Pipeline:
         synchronize(self.model.device)
         encode_seconds = time.perf_counter() - began
         for chunk in run(latents):
+            check_finite(chunk, self.model.dtype)
             decoding = time.perf_counter()
             pixels = self.decode(chunk.latents[:, :, :frames])
             frames -= pixels.shape[1]
@@ -304,6 +312,34 @@ def find_weights(
         preset = path.parent
     loaded = load_preset(preset or DEFAULT_PRESET, overrides)
     return loaded, path or loaded.weights_path
+
+
+def _load_autoencoder(preset: LoadedPreset, device: torch.device) -> Autoencoder | None:
+    """The preset's autoencoder, or None for a preset that works on latents only."""
+    config = preset.config
+    if config.video is None:
+        return None
+    if config.autoencoder.kind is AutoencoderKind.CONV and preset.autoencoder_weights_path is None:
+        raise UsageError(
+            f"preset {preset.name}: its autoencoder has no weights; use --preset with the folder of a training run, or "
+            "name a file beside the preset as autoencoder_weights"
+        )
+    weights = preset.autoencoder_weights_path
+    return load_autoencoder(config.autoencoder, config.video, config.model.in_channels, weights).to(device)
+
+
+def check_finite(chunk: LatentChunk, dtype: torch.dtype) -> None:
+    """Stop at numbers that are none, which would be written as black frames and compared as equal.
+
+    Raises:
+        UserError: the chunk has some.
+    """
+    if not chunk.latents.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"frame {chunk.first_frame}: the model's output is not finite in {kind}; "
+            "try --dtype float32, or other weights"
+        )
 
 
 @torch.no_grad()

@@ -1,16 +1,13 @@
-"""Denoising one chunk, and the loop that makes a video of chunks.
+"""Samplers: how a chunk of noise becomes latents in N denoising steps.
 
-Shape letters: B videos, C channels, L frames of a chunk, P frames of context, h, w latent size, N denoising steps.
+Shape letters: B videos, C channels, L frames of a chunk, h, w latent size.
 """
 
 from __future__ import annotations
 
-import time
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import Enum
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,15 +15,11 @@ from torch import Tensor
 
 from .diffusion import NoiseProcess, interpolate_variance, posterior
 from .errors import UsageError
-from .kv_cache import FrameClock, KVCache, TextKeysValues
-from .model import CausalVideoTransformer
-from .runtime import synchronize
 
 DrawNoise = Callable[[int], Tensor]
 """Standard normal noise (B, C, L, h, w) to be added after denoising step i."""
 
 
-# ---------------------------------------------------------------------------------------------------------- samplers
 class Sampler(ABC):
     """Turns noise into latents in N steps. One object serves one chunk at a time; ``start`` begins a new one."""
 
@@ -58,8 +51,7 @@ class Sampler(ABC):
         """
 
     def _split(self, index: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        timestep = torch.tensor([self.timesteps[index]], device=x.device)
-        return self.process.split(output[:, : x.shape[1]], x, timestep)
+        return self.process.split(output[:, : x.shape[1]], x, torch.tensor([self.timesteps[index]]))
 
 
 def evenly_respaced(train_timesteps: int, steps: int) -> list[int]:
@@ -103,7 +95,7 @@ class DdimSampler(Sampler):
         latents, predicted_noise = self._split(index, x, output)
         if index == len(self.timesteps) - 1:
             return latents
-        alpha, sigma = self.process.alpha_sigma(torch.tensor([self.timesteps[index + 1]], device=x.device))
+        alpha, sigma = self.process.alpha_sigma(torch.tensor([self.timesteps[index + 1]]), x.device)
         return alpha * latents + sigma * predicted_noise
 
 
@@ -176,8 +168,6 @@ class DiffusersSampler(Sampler):
         return out
 
     def step(self, index: int, x: Tensor, output: Tensor, noise: DrawNoise) -> Tensor:
-        import inspect
-
         arguments = {}
         if "generator" in inspect.signature(self._scheduler.step).parameters:
             seed = int(noise(index).flatten()[0].double().mul(2**40).long().abs())
@@ -201,302 +191,3 @@ def make_sampler(name: str, process: NoiseProcess, steps: int) -> Sampler:
     if name in SAMPLERS:
         return SAMPLERS[name](process, steps)
     return DiffusersSampler(process, steps, name)
-
-
-# ------------------------------------------------------------------------------------------------------------- noise
-class NoiseSource(Protocol):
-    """All randomness of a run."""
-
-    def chunk(self, index: int) -> None:
-        """Begin chunk ``index``; -1 is the context that a video is given."""
-
-    def initial(self) -> Tensor:
-        """The chunk's starting noise (B, C, L, h, w)."""
-
-    def step(self, index: int) -> Tensor:
-        """The noise (B, C, L, h, w) added after denoising step ``index``."""
-
-    def perturb(self, process: NoiseProcess, latents: Tensor) -> Tensor:
-        """Prefix perturbation of finished frames, where the weights were trained with it."""
-
-
-class SeededNoise:
-    """Noise drawn from (seed, video index, chunk index).
-
-    What a video looks like therefore depends neither on how long it is nor on what is generated beside it. Numbers are
-    drawn on the CPU, so that they are the same on every device.
-
-    Args:
-        seed: the run's seed.
-        videos: indices of the B videos generated together.
-        shape: (C, L, h, w) of a chunk.
-        device: where the noise is needed.
-    """
-
-    def __init__(self, seed: int, videos: list[int], shape: tuple[int, ...], device: torch.device) -> None:
-        self.seed, self.videos, self.shape, self.device = seed, videos, shape, device
-        self._generators: list[torch.Generator] = []
-
-    def chunk(self, index: int) -> None:
-        """Begin chunk ``index``; -1 is the context that a video is given."""
-        self._generators = []
-        for video in self.videos:
-            state = np.random.SeedSequence([self.seed, video, index + 1]).generate_state(1, np.uint64)[0]
-            self._generators.append(torch.Generator().manual_seed(int(state) % 2**63))
-
-    def initial(self) -> Tensor:
-        """The chunk's starting noise (B, C, L, h, w)."""
-        return self._draw(self.shape)
-
-    def step(self, index: int) -> Tensor:
-        """The noise added after denoising step ``index``."""
-        return self._draw(self.shape)
-
-    def perturb(self, process: NoiseProcess, latents: Tensor) -> Tensor:
-        """Prefix perturbation, a video at a time."""
-        videos = zip(latents.split(1), self._generators, strict=True)
-        return torch.cat([process.perturb_prefix(one, generator) for one, generator in videos])
-
-    def _draw(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=g) for g in self._generators]).to(self.device)
-
-
-# ----------------------------------------------------------------------------------------------------------- context
-class Strategy(str, Enum):
-    """How the finished frames reach the network."""
-
-    CACHED = "cached"
-    """Their keys and values are written to the cache once (ours)."""
-    RECOMPUTE = "recompute"
-    """They are fed again in every denoising step."""
-
-
-class Context(ABC):
-    """The finished frames of a run, as a denoising step sees them. Both kinds share everything else."""
-
-    clock: FrameClock
-    """Where frames sit in time."""
-
-    def __init__(self, model: CausalVideoTransformer) -> None:
-        self.model = model
-        self.text: list[TextKeysValues] = []
-
-    @property
-    @abstractmethod
-    def frames(self) -> int:
-        """Frames since the video began."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes kept between chunks."""
-
-    @abstractmethod
-    def append(self, latents: Tensor) -> None:
-        """Add finished frames (B, C, n, h, w)."""
-
-    @abstractmethod
-    def open_chunk(self) -> None:
-        """Prepare the next chunk's denoising steps."""
-
-    @abstractmethod
-    def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
-        """The network's output (B, out_channels, L, h, w) for the noisy chunk x."""
-
-
-class CachedContext(Context):
-    """The cache queue."""
-
-    def __init__(self, model: CausalVideoTransformer, cache: KVCache) -> None:
-        super().__init__(model)
-        self.cache, self.clock = cache, cache.clock
-
-    @property
-    def frames(self) -> int:
-        return self.cache.frames
-
-    @property
-    def nbytes(self) -> int:
-        self.cache.text = self.text
-        return self.cache.nbytes
-
-    def append(self, latents: Tensor) -> None:
-        self.cache.text = self.text
-        self.model.write(latents, self.cache)
-
-    def open_chunk(self) -> None:
-        self.cache.text = self.text
-        self._plan = self.cache.plan(self.model.config.chunk_frames, clean=False)
-
-    def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
-        out: Tensor = self.model(x, timestep, self._plan, self.cache)
-        return out
-
-
-class RecomputedContext(Context):
-    """The latents of the last P_max frames, fed again with every step: what a cache makes unnecessary."""
-
-    def __init__(self, model: CausalVideoTransformer, clock: FrameClock) -> None:
-        super().__init__(model)
-        self.clock = clock
-        self._frames = 0
-        self._numbers: list[int] = []
-        self._latents: Tensor | None = None
-
-    @property
-    def frames(self) -> int:
-        return self._frames
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._latents is None else self._latents.nbytes
-
-    def append(self, latents: Tensor) -> None:
-        known = latents if self._latents is None else torch.cat([self._latents, latents], dim=2)
-        numbers = [*self._numbers, *range(self._frames, self._frames + latents.shape[2])]
-        self._frames += latents.shape[2]
-        self._numbers = self.clock.context(self._frames)
-        self._latents = known[:, :, [numbers.index(f) for f in self._numbers]]
-
-    def open_chunk(self) -> None:
-        chunk = self.model.config.chunk_frames
-        self._plan = self.model.context_plan(len(self._numbers), chunk, self._frames, self.clock)
-
-    def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
-        if self._latents is not None:
-            x = torch.cat([self._latents.to(x.dtype), x], dim=2)
-        out: Tensor = self.model(x, timestep, self._plan, text=self.text)
-        return out
-
-
-# ---------------------------------------------------------------------------------------------------------- the loop
-@dataclass(frozen=True)
-class Caption:
-    """Text embeddings, and how strongly to follow them."""
-
-    embedding: Tensor
-    """(B, M, text_channels) from the text encoder."""
-    mask: Tensor
-    """(B, M), nonzero at real tokens."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 turns it off. Both halves are one batch, and both have a context."""
-
-    @property
-    def guided(self) -> bool:
-        """Whether there is an unconditional half."""
-        return self.guidance_scale != 1.0
-
-
-@dataclass(frozen=True)
-class LatentChunk:
-    """One finished chunk."""
-
-    index: int
-    """Which chunk, from 0."""
-    first_frame: int
-    """Number of its first frame, the given context included."""
-    latents: Tensor
-    """(B, C, L, h, w) float32."""
-    denoise_seconds: float
-    """Time of the N denoising steps."""
-    write_seconds: float
-    """Time to make the frames context of the next chunk; 0 for the last chunk, which has none."""
-
-
-def make_context(
-    model: CausalVideoTransformer,
-    strategy: Strategy,
-    batch_size: int,
-    *,
-    context_frames: int | None = None,
-    sink_frames: int | None = None,
-) -> Context:
-    """An empty context of that kind for ``batch_size`` videos, guidance halves included."""
-    if strategy is Strategy.RECOMPUTE:
-        return RecomputedContext(model, FrameClock(model.config, context_frames, sink_frames))
-    cache = KVCache(
-        model.config,
-        batch_size,
-        context_frames=context_frames,
-        sink_frames=sink_frames,
-        dtype=model.dtype,
-        device=model.device,
-    )
-    return CachedContext(model, cache)
-
-
-@torch.inference_mode()
-def generate(
-    context: Context,
-    process: NoiseProcess,
-    sampler: Sampler,
-    noise: NoiseSource,
-    chunks: int,
-    *,
-    given: Tensor | None = None,
-    caption: Caption | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-) -> Iterator[LatentChunk]:
-    """Generate chunk after chunk; each is yielded as soon as it is denoised.
-
-    Args:
-        context: an empty context (see ``make_context``).
-        process: the model's noise process.
-        sampler: how a chunk is denoised.
-        noise: all randomness.
-        chunks: how many.
-        given: clean latents (B, C, P, h, w) to continue, P at most the window; None begins from an empty context.
-        caption: for models with text; if it is guided, the context must have room for 2B videos.
-        on_step: called with (chunk index, steps done).
-    """
-    model = context.model
-    channels = model.config.in_channels
-    guided = caption is not None and caption.guided
-    if caption is not None:
-        context.text = _text_keys_values(model, caption)
-
-    def both(x: Tensor) -> Tensor:
-        return torch.cat([x, x]) if guided else x
-
-    if given is not None and given.shape[2]:
-        noise.chunk(-1)
-        context.append(both(noise.perturb(process, given)))
-    for index in range(chunks):
-        noise.chunk(index)
-        synchronize(model.device)
-        began = time.perf_counter()
-        first_frame = context.frames
-        x = sampler.start(noise.initial())
-        context.open_chunk()
-        for i, t in enumerate(sampler.timesteps):
-            seen = both(sampler.scale_input(i, x))
-            timestep = torch.full((seen.shape[0],), t, device=x.device)
-            output = context.predict(seen, timestep).float()
-            if caption is not None and guided:
-                output = _guide(output, caption.guidance_scale, channels)
-            x = sampler.step(i, x, output, noise.step)
-            if on_step is not None:
-                on_step(index, i + 1)
-        synchronize(model.device)
-        denoised = time.perf_counter()
-        if index + 1 < chunks:
-            context.append(both(noise.perturb(process, x)))
-            synchronize(model.device)
-        written = time.perf_counter()
-        yield LatentChunk(index, first_frame, x, denoised - began, written - denoised)
-
-
-def _text_keys_values(model: CausalVideoTransformer, caption: Caption) -> list[TextKeysValues]:
-    """The caption's; with guidance, then those of the stored unconditional caption under the same mask."""
-    if not caption.guided:
-        return model.text_keys_values(caption.embedding, caption.mask)
-    assert model.y_embedder is not None
-    unconditional = model.y_embedder.y_embedding.to(caption.embedding).expand_as(caption.embedding)
-    return model.text_keys_values(torch.cat([caption.embedding, unconditional]), caption.mask.repeat(2, 1))
-
-
-def _guide(output: Tensor, scale: float, channels: int) -> Tensor:
-    """Guidance on the noise channels only; the variance is the conditional half's."""
-    conditional, unconditional = output.chunk(2)
-    noise = unconditional[:, :channels] + scale * (conditional[:, :channels] - unconditional[:, :channels])
-    return torch.cat([noise, conditional[:, channels:]], dim=1)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -19,18 +19,19 @@ from .errors import UserError
 
 def console() -> Console:
     """Standard error, as Rich sees it."""
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+    return Console(stderr=True, highlight=False, emoji=False, width=None if sys.stderr.isatty() else 200)
 
 
 def output_console() -> Console:
     """Standard output, for commands whose answer is text (``presets``, ``backends``); wide enough in a pipe."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
 
 
 def print_error(error: UserError) -> None:
     """An error's one line."""
+    out = console()
     line = " ".join(str(error).split())
-    console().print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+    out.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=not out.is_terminal)
 
 
 def print_json(report: Mapping[str, Any]) -> None:
@@ -42,7 +43,8 @@ def print_json(report: Mapping[str, Any]) -> None:
 def note(message: str, *, quiet: bool = False) -> None:
     """A line worth reading."""
     if not quiet:
-        console().print(message, markup=False)
+        out = console()
+        out.print(message, markup=False, soft_wrap=not out.is_terminal)
 
 
 def size(count: float) -> str:
@@ -68,9 +70,9 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         unit = task.fields.get("unit", "frames")
-        done, elapsed = task.fields.get("finished", 0), task.elapsed
-        rate = f"{done / elapsed:6.1f} {unit}/s" if done and elapsed else f"     – {unit}/s"
-        return Text(rate, style="progress.data.speed")
+        done, elapsed = task.fields.get("finished", 0) - task.fields.get("begun", 0), task.elapsed
+        rate = f"{done / elapsed:5.1f} {unit}/s" if done and elapsed else f"    – {unit}/s"
+        return Text(rate, style="progress.data.speed", no_wrap=True)
 
 
 class ProgressBar:
@@ -82,24 +84,26 @@ class ProgressBar:
         frames: frames in all, which are counted.
         quiet: show nothing.
         unit: what is counted.
+        begun: how many were finished (and small steps done) by an earlier run.
     """
 
-    def __init__(self, description: str, total: int, frames: int, *, quiet: bool = False, unit: str = "frames") -> None:
-        self._frames, self._unit = frames, unit
+    def __init__(
+        self, description: str, total: int, frames: int, *, quiet: bool = False, unit: str = "frames", begun: int = 0
+    ) -> None:
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[finished]}/{task.fields[frames]} {task.fields[unit]}"),
+            BarColumn(24),  # leaves room for the ^C of a terminal, which would move the line that is erased
+            TextColumn("{task.fields[finished]}/{task.fields[frames]}"),
             _Rate(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[info]}"),
+            TextColumn("left {task.fields[info]}"),
             console=console(),
             transient=True,
             disable=quiet or not sys.stderr.isatty(),
         )
-        self._task = self._progress.add_task(description, total=total, finished=0, frames=frames, unit=unit, info="")
+        self._task = self._progress.add_task(
+            description, total=total, completed=begun, finished=begun, begun=begun, frames=frames, unit=unit, info=""
+        )
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
@@ -133,23 +137,26 @@ def status(message: str, *, quiet: bool = False) -> Iterator[None]:
 def print_run_report(report: Mapping[str, Any]) -> None:
     """What a run made, what memory it took, and where the time went."""
     out = console()
+    output = report["output"] if report["num_videos"] == 1 else f"{report['output'][0]} … {report['output'][-1]}"
     what = f"{report['frames']} frames" + (f" × {report['num_videos']} videos" if report["num_videos"] > 1 else "")
     out.print(
         Text.assemble(
             ("✔ ", "green"),
             f"{what} in {duration(report['seconds'])}",
             (f"  {report['frames_per_second']:.1f} frames/s", "bold"),
-            f", first chunk after {duration(report['first_chunk_seconds'])} → {report['output']}",
+            f", first chunk after {duration(report['first_chunk_seconds'])} → {output}",
         )
     )
     out.print(
         f"  {report['preset']}, {report['strategy']}, {report['sampler']} × {report['steps']} steps, "
         f"{report['backend']} on {report['device']} in {report['dtype']}, seed {report['seed']}",
         style="dim",
+        markup=False,
     )
     context = "cache" if report["strategy"] == "cached" else "context"
     memory = [("weights", "weights_bytes"), (context, "cache_bytes"), ("peak", "peak_memory_bytes")]
-    out.print("  memory  " + "  ".join(f"{name} [bold]{size(report[key])}[/]" for name, key in memory))
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("  memory", "  ".join(f"{name} [bold]{size(report[key])}[/]" for name, key in memory))
     steps = [
         ("denoise", "denoise_seconds"),
         ("cache write", "cache_write_seconds"),
@@ -159,7 +166,8 @@ def print_run_report(report: Mapping[str, Any]) -> None:
         ("start", "startup_seconds"),
     ]
     parts = (f"{name} [bold]{duration(report[key])}[/]" for name, key in steps if report[key] >= 1e-4)
-    out.print("  time    " + "  ".join(parts))
+    lines.add_row("  time", "  ".join(parts))
+    out.print(lines)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:

@@ -10,7 +10,7 @@ from .compare import ChunkComparison, side_by_side
 from .pipeline import Pipeline
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference allowed, as a share of the largest number compared (at least of 1).
+"""Largest difference allowed against a recorded run, whose numbers are of order 1.
 
 float32 leaves room for another order of summation, carried through all denoising steps. The half-precision types round
 every activation to 11 and 8 bits; the same margin in units of their last place would be 0.8 and 6.5, so these bounds
@@ -18,8 +18,13 @@ catch a wrong frame or position and not a subtle fault: that is what float32 is 
 """
 
 
-def tolerance(dtype: torch.dtype, scale: float) -> float:
-    """The largest difference that still counts as equal, for numbers up to ``scale``."""
+def tolerance(dtype: torch.dtype, scale: float = 1.0) -> float:
+    """The largest difference that still counts as equal.
+
+    Args:
+        dtype: the model's number format.
+        scale: the largest number compared; random weights may make latents that are far from order 1.
+    """
     return TOLERANCE[dtype] * max(1.0, scale)
 
 

@@ -16,11 +16,11 @@ FOLDERS = {"ca2vdm_cli": "ca2vdm_cli", "ca2vdm_backends": "backends", "ca2vdm_pr
 
 CONFIG = {"errors", "config"}
 PRESETS = CONFIG | {"presets"}
-METHOD = CONFIG | {"attention", "layers", "kv_cache", "model", "diffusion", "sampler"}
+METHOD = CONFIG | {"attention", "frame_plan", "kv_cache", "layers", "model", "diffusion", "sampler", "generation"}
 VIDEO = CONFIG | {"video_io", "data"}
-WEIGHTS = PRESETS | METHOD | {"plugins", "autoencoder", "checkpoint"}
+WEIGHTS = PRESETS | METHOD | {"runtime", "plugins", "autoencoder", "checkpoint"}
 PIPELINE = WEIGHTS | VIDEO | {"pipeline"}
-COMMANDS = PIPELINE | {"__init__", "recorded", "trainer", "bench", "verify", "terminal"}
+COMMANDS = PIPELINE | {"__init__", "recorded", "trainer", "compare", "bench", "verify", "terminal"}
 
 # A module of ca2vdm_cli (a subpackage counts as one) and which others it may import.
 ALLOWED: dict[str, set[str]] = {
@@ -31,11 +31,13 @@ ALLOWED: dict[str, set[str]] = {
     "hookspecs": set(),
     "plugins": {"errors", "hookspecs"},
     "attention": CONFIG,
-    "layers": CONFIG | {"attention", "kv_cache"},
-    "kv_cache": CONFIG,
-    "model": CONFIG | {"attention", "layers", "kv_cache"},
-    "diffusion": CONFIG | {"kv_cache", "model"},
-    "sampler": METHOD - {"sampler"},
+    "frame_plan": CONFIG,
+    "kv_cache": CONFIG | {"frame_plan"},
+    "layers": CONFIG | {"attention", "frame_plan", "kv_cache"},
+    "model": CONFIG | {"attention", "frame_plan", "kv_cache", "layers"},
+    "diffusion": CONFIG | {"frame_plan", "model"},
+    "sampler": CONFIG | {"diffusion"},
+    "generation": METHOD - {"generation"} | {"runtime"},
     "video_io": CONFIG,
     "data": VIDEO - {"data"},
     "autoencoder": VIDEO,
@@ -43,12 +45,14 @@ ALLOWED: dict[str, set[str]] = {
     "recorded": METHOD | {"checkpoint"},
     "pipeline": WEIGHTS | VIDEO,
     "trainer": PIPELINE,
-    "bench": PIPELINE,
-    "verify": PIPELINE | {"recorded"},
+    "compare": PIPELINE,
+    "verify": PIPELINE | {"compare"},
+    "bench": PIPELINE | {"compare", "verify"},
+    "runtime": CONFIG,
     "terminal": CONFIG,
     "commands": COMMANDS,
     "cli": COMMANDS | {"commands"},
-    "__main__": {"__init__", "errors", "cli"},
+    "__main__": {"__init__", "errors", "cli", "terminal"},
 }
 MAY_IMPORT_BACKENDS = {"plugins"}
 # A backend sees the hook markers and the attention protocol, and may build on another backend.

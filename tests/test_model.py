@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ca2vdm_cli.config import ModelConfig, SpatialPrefix, TemporalPositions
-from ca2vdm_cli.kv_cache import FrameClock, KVCache
+from ca2vdm_cli.frame_plan import FrameClock
+from ca2vdm_cli.kv_cache import KVCache
 from ca2vdm_cli.model import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 
@@ -93,6 +94,25 @@ def test_a_clean_frames_keys_depend_on_earlier_frames_only(
         apart = (keys(changed(latents(5), frame)) - usual).abs().amax((0, 1, 3))[:5]
         assert torch.equal(apart[:frame], torch.zeros(frame))
         assert (apart[frame:] > 1e-3).all()
+
+
+@pytest.mark.parametrize("prefix", SpatialPrefix)
+def test_only_in_first_frame_mode_do_clean_frames_look_at_another(prefix: SpatialPrefix, make_model: MakeModel) -> None:
+    """In the first layer, before any temporal attention: at the first frame, whether in the same write or earlier."""
+    model = make_model(depth=1, spatial_prefix=prefix)
+
+    def keys(frames: Tensor, first_write: int) -> Tensor:
+        cache = KVCache(model.config, 2)
+        model.write(frames[:, :, :first_write], cache)
+        model.write(frames[:, :, first_write:], cache)
+        return cache.layers[0].temporal_k
+
+    for first_write in (1, 3):
+        usual = keys(latents(5), first_write)
+        for frame in range(5):
+            apart = (keys(changed(latents(5), frame), first_write) - usual).abs().amax((0, 1, 3))[:5]
+            others = frame == 0 and prefix is SpatialPrefix.FIRST_FRAME
+            assert [bool(each > 1e-3) for each in apart] == [others or f == frame for f in range(5)]
 
 
 def test_one_cache_serves_all_timesteps(make_model: MakeModel) -> None:
@@ -183,7 +203,7 @@ def test_output_channels(learn_variance: bool, make_model: MakeModel) -> None:
 
 
 def test_bfloat16_stays_near_float32(make_model: MakeModel) -> None:
-    """Eight bits of mantissa, rounded some fifty times: a hundredth of the largest number, and five times that at most."""
+    """Eight bits of mantissa, rounded some fifty times: about a hundredth of the largest number."""
     usual = denoise(make_model(temporal_positions="rope", **EVERYTHING), latents(6), 4)
     rough = denoise(make_model(temporal_positions="rope", **EVERYTHING).to(torch.bfloat16), latents(6), 4)
     assert rough.dtype == torch.bfloat16

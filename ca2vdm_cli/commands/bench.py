@@ -61,14 +61,14 @@ def _print(report: dict[str, Any]) -> None:
     out = console()
     weights = "trained weights" if report["trained"] else "random weights"
     speedup = report["speedup"]
-    verdict = (
-        f"cached is {speedup:.2f}× faster than recompute at a {report['context_frames']}-frame window"
-        if speedup
-        else "no chunk saw a full window: ask for more --frames"
-    )
-    apart = report["max_abs_difference_before_slide"]
-    exact = f"outputs equal to {apart:.1e} until the window slides (largest latent {report['max_abs_latent']:.1f})"
-    out.print(f"[bold]{verdict}, {exact}[/]")
+    if speedup:
+        ratio = f"{speedup:.2f}× faster" if speedup >= 1 else f"{1 / speedup:.2f}× slower"
+        verdict = f"cached is {ratio} than recompute at a {report['context_frames']}-frame window"
+    else:
+        verdict = "no chunk saw a full window: ask for more --frames"
+    apart = f"{report['max_abs_difference_before_slide']:.1e}"
+    exact = f"outputs equal to {apart}" if report["outputs_agree"] else f"[red]outputs DIFFER by {apart}[/]"
+    out.print(f"[bold]{verdict}, {exact} until the window slides (largest latent {report['max_abs_latent']:.1f})[/]")
     note(
         f"{report['preset']} ({weights}), {report['backend']} on {report['device']} in {report['dtype']}, "
         f"{report['frames']} frames in chunks of {report['chunk_frames']}, {report['steps']} steps, "

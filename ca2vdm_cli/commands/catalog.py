@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from rich.markup import escape
+
 from .. import presets
 from ..terminal import output_console, print_json, table
 
@@ -34,7 +36,7 @@ def list_backends(device: str, dtype: str, *, as_json: bool) -> None:
         [
             f"[bold]{b['name']}[/]",
             "[green]auto picks it[/]" if b["auto"] else "available" if b["available"] else "[red]unavailable[/]",
-            str(b["reason"] or b["description"]),
+            escape(str(b["reason"] or b["description"])),
         ]
         for b in found
     ]
@@ -54,8 +56,8 @@ def list_presets(*, as_json: bool) -> None:
         m = p.config.model
         size = f"depth {m.depth}, D {m.hidden_size}, window {m.context_frames}, chunk {m.chunk_frames}"
         name = f"[bold]{p.name}[/]" + (" (default)" if p.name == presets.DEFAULT_PRESET else "")
-        rows.append([name, "yes" if p.weights_path else "no", size, p.config.description])
-    output_console().print(table(["preset", "weights", "model", ""], rows))
+        rows.append([name, "yes" if p.weights_path else "no", f"{escape(p.config.description)}\n[dim]{size}[/]"])
+    output_console().print(table(["preset", "weights", ""], rows))
 
 
 def show_preset(name: str, overrides: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from ..errors import UsageError
 from ..pipeline import Frames, Pipeline, RunOptions, VideoChunk
 from ..runtime import peak_memory
 from ..terminal import ProgressBar, note, print_json, print_run_report, status
-from ..video_io import Aspect, Geometry, VideoReader, VideoWriter, open_reader, open_writer, to_channels
+from ..video_io import Aspect, Frame, Geometry, Size, VideoReader, VideoWriter, open_reader, open_writer, to_channels
 
+Through = Callable[[Frame], Frame]
+"""One frame to another."""
 BATCH = 4
 """Videos that are generated together; how many does not change what they look like."""
 
@@ -79,9 +82,11 @@ class Request:
         if output == "-" and (self.num_videos > 1 or self.as_json):
             other = "--num-videos" if self.num_videos > 1 else "--json"
             raise UsageError(f"-o -: standard output holds one video and nothing else; leave out {other}")
+        if output == "-" and sys.stdout.isatty():
+            raise UsageError("-o -: standard output is a terminal; pipe it into a player, or name a file")
         if output is None:
-            suffix = self.format or "mp4"
-            names = (f"{default}{'' if n == 0 else f'-{n}'}.{suffix}" for n in count())
+            suffix = "/" if self.format == "png" else f".{self.format or 'mp4'}"
+            names = (f"{default}{'' if n == 0 else f'-{n}'}{suffix}" for n in count())
             output = next(n for n in names if not any(Path(p).exists() for p in _numbered(n, self.num_videos)))
         return _numbered(output, self.num_videos)
 
@@ -132,7 +137,7 @@ def run_sample(request: Request, first_frame: str | None) -> None:
         with open_reader(first_frame) as reader:
             geometry = Geometry((reader.height, reader.width), (video.height, video.width))
             given = to_channels(geometry.to_model(next(reader)), video.channels)
-    fps = request.fps or video.fps
+    fps = video.fps if request.fps is None else request.fps
     targets = request.targets("sample")
 
     def chunks(videos: list[int], on_step: Callable[[int, int], None]) -> Iterator[VideoChunk]:
@@ -148,43 +153,42 @@ def run_extend(request: Request, source: str, *, only_new: bool, aspect: str, si
     video = _video(pipeline)
     window = request.context_frames or pipeline.config.model.context_frames
     with open_reader(source) as reader:
-        fit, geometry = _geometry(reader, (video.height, video.width), Aspect(aspect), size)
-        fps = request.fps or reader.fps or video.fps
+        to_model, given_out, new_out = _geometry(reader, (video.height, video.width), Aspect(aspect), size)
+        fps = reader.fps or video.fps if request.fps is None else request.fps
         name = "extended" if source == "-" else f"{Path(source).stem}-extended"
         last: deque[np.ndarray] = deque(maxlen=window)
 
         def copy_input(writers: list[VideoWriter]) -> None:
             """Read the input to its end, remembering the last window of it."""
-            for raw in reader:
-                frame = fit(raw)
-                last.append(to_channels(geometry.to_model(frame), video.channels))
+            for frame in reader:
+                last.append(to_channels(to_model(frame), video.channels))
                 if not only_new:
-                    shown = geometry.input_to_output(frame)
+                    shown = given_out(frame)
                     for writer in writers:
                         writer.write(shown)
 
         def chunks(videos: list[int], on_step: Callable[[int, int], None]) -> Iterator[VideoChunk]:
             return pipeline.extend(np.stack(last), frames, **request.options(videos, on_step))
 
-        _run(request, pipeline, request.targets(name), fps, frames, chunks, geometry.from_model, copy_input)
+        _run(request, pipeline, request.targets(name), fps, frames, chunks, new_out, copy_input)
 
 
-def _geometry(
-    reader: VideoReader, model: tuple[int, int], aspect: Aspect, size: str | None
-) -> tuple[Callable[[np.ndarray], np.ndarray], Geometry]:
-    """What to do to input frames first (``--size``), and how they then pass through the model."""
-    original = (reader.height, reader.width)
+def _geometry(reader: VideoReader, model: Size, aspect: Aspect, size: str | None) -> tuple[Through, Through, Through]:
+    """How input frames reach the model, how they are shown, and how the model's frames are shown, at ``--size``."""
+    geometry = Geometry((reader.height, reader.width), model, aspect)
     if size is None:
-        return (lambda frame: frame), Geometry(original, model, aspect)
+        return geometry.to_model, geometry.input_to_output, geometry.from_model
     if size == "model":
-        to_model = Geometry(original, model, aspect)
-        return to_model.to_model, Geometry(model, model)
+        return geometry.to_model, geometry.to_model, lambda frame: frame
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
-    if not match or "0" in match.groups():
+    if not match or min(wanted := (int(match[2]), int(match[1]))) < 1:
         raise UsageError(f"--size {size}: must be WIDTHxHEIGHT such as 640x360, or model")
-    wanted = (int(match[2]), int(match[1]))
-    resize = Geometry(original, wanted, Aspect.STRETCH)
-    return resize.to_model, Geometry(wanted, model, aspect)
+    resize = Geometry(geometry.output_size, wanted, Aspect.STRETCH).to_model
+    return (
+        geometry.to_model,
+        lambda frame: resize(geometry.input_to_output(frame)),
+        lambda frame: resize(geometry.from_model(frame)),
+    )
 
 
 def _video(pipeline: Pipeline) -> Any:
@@ -200,7 +204,7 @@ def _run(
     fps: Any,
     frames: int,
     chunks: Callable[[list[int], Callable[[int, int], None]], Iterator[VideoChunk]],
-    shown: Callable[[np.ndarray], np.ndarray],
+    shown: Through,
     begin: Callable[[list[VideoWriter]], None],
 ) -> None:
     """Generate and write all videos, then report. What was finished stays playable whatever happens."""
@@ -229,9 +233,7 @@ def _run(
     _report(request, pipeline, targets, frames, steps, tally)
 
 
-def _write(
-    chunk: VideoChunk, writers: list[VideoWriter], shown: Callable[[np.ndarray], np.ndarray], tally: _Tally
-) -> None:
+def _write(chunk: VideoChunk, writers: list[VideoWriter], shown: Through, tally: _Tally) -> None:
     began = time.perf_counter()
     video: Frames
     for writer, video in zip(writers, chunk.frames, strict=True):

@@ -61,27 +61,30 @@ def run(
     )
     if resume:
         trainer.resume(out)
+        if trainer.seed != seed:
+            raise UsageError(f"--seed {seed}: the run in {out} has seed {trainer.seed}; give that, or another folder")
     elif checkpoint is not None and weights is not None:
         trainer.start_from(load_tensors(weights)[0], str(weights))
     began, first_step, frames = time.perf_counter(), trainer.step, 0
     losses: list[float] = []
-    with ProgressBar("training", trainer.steps, trainer.steps, quiet=quiet, unit="steps") as bar:
-        bar.advance(steps=trainer.step)
+    bar = ProgressBar("training", trainer.steps, trainer.steps, quiet=quiet, unit="steps", begun=trainer.step)
 
-        def on_step(report: StepReport) -> None:
-            nonlocal frames
-            frames += report.frames
-            losses.append(report.loss)
-            smooth = sum(losses[-50:]) / len(losses[-50:])
-            bar.advance(finished=report.step, info=f"loss {smooth:.4f}  lr {report.learning_rate:.1e}")
+    def on_step(report: StepReport) -> None:
+        nonlocal frames
+        frames += report.frames
+        losses.append(report.loss)
+        smooth = sum(losses[-50:]) / len(losses[-50:])
+        bar.advance(finished=report.step, info=f"loss {smooth:.4f}  lr {report.learning_rate:.1e}")
 
-        try:
+    try:
+        with bar:
             train(trainer, out, on_step)
-        except KeyboardInterrupt:
-            note(f"interrupted at step {trainer.step}: go on with --resume --out {out}", quiet=quiet)
-            raise
+    except KeyboardInterrupt:
+        again = (f" --data {data}" if data else "") + (f" --seed {seed}" if seed else "")
+        note(f"interrupted at step {trainer.step}: go on with --resume --out {out}{again}", quiet=quiet)
+        raise
     seconds = time.perf_counter() - began
-    loss = sum(losses[-50:]) / max(1, len(losses[-50:]))
+    loss = sum(losses[-50:]) / len(losses[-50:]) if losses else None
     if as_json:
         print_json(
             {
@@ -93,6 +96,8 @@ def run(
                 "output": str(out),
             }
         )
+    elif loss is None:
+        note(f"{out} is at step {trainer.step} already; ask for more with --steps", quiet=quiet)
     else:
         note(f"trained to step {trainer.step} in {duration(seconds)}, loss {loss:.4f} → {out}", quiet=quiet)
         note(f"  sample it with: ca2vdm sample --preset {out}", quiet=quiet)
@@ -137,4 +142,6 @@ def _autoencoder(
     if path != kept:
         out.mkdir(parents=True, exist_ok=True)
         save_autoencoder(autoencoder, kept)
+        # as stored, so rounded: what sampling and a resumed run will see
+        autoencoder = load_autoencoder(config.autoencoder, config.video, config.model.in_channels, kept).to(device)
     return autoencoder

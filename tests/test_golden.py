@@ -1,0 +1,120 @@
+"""Every recorded run of the published code (see golden/README.md), through every built-in backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ca2vdm_cli.generation import SeededNoise, Strategy, generate, make_context
+from ca2vdm_cli.plugins import backends
+from ca2vdm_cli.recorded import RecordedRun
+from ca2vdm_cli.sampler import DdimSampler
+
+CPU = torch.device("cpu")
+GOLDEN = Path(__file__).parent / "golden"
+WINDOWS = {"window_cached", "window_recompute"}
+VIDEOS = {"video_cached", "video_recompute"}
+
+FLOAT32 = 2e-5
+"""Largest difference in float32; 5e-6 were measured. A wrong frame, position or mask makes 1e-2 and more."""
+BFLOAT16 = 0.02
+"""Largest difference in bfloat16, as a share of the largest number recorded; 0.01 were measured, and one rounding of
+bfloat16 is 0.004. Only single forwards are compared: in a whole video every rounding is fed back into the next of 60
+steps, which tells more about the weights than about the code."""
+
+every_file = pytest.mark.parametrize("name", ["cyclic_prev2", "mask_channel", "text_guided"])
+
+
+def compiles(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that needs PyTorch's compiler, whose import warns of its own old parts."""
+    reason = backends()["compile"].unavailable(CPU, torch.float32)
+    test = pytest.mark.skipif(reason is not None, reason=f"compile: {reason}")(test)
+    return pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")(test)
+
+
+def differences(name: str, backend: str, only: set[str], dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """Largest absolute difference from each of the recorded tensors, for bfloat16 as a share of the largest number."""
+    run = RecordedRun(GOLDEN / f"{name}.safetensors")
+    for tensor in (WINDOWS | VIDEOS) - only:
+        del run.tensors[f"expected.{tensor}"]  # what a file lacks is not checked
+    found = {each.name: each.difference for each in run.compare(run.model(backends()[backend], CPU, dtype))}
+    assert found.keys() == only
+    if dtype is torch.bfloat16:
+        return {key: value / float(run.tensors[f"expected.{key}"].abs().max()) for key, value in found.items()}
+    return found
+
+
+def test_every_file_is_tested() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.safetensors")} == set(every_file.args[1])
+    assert list(backends())[:3] == ["eager", "sdpa", "compile"]
+
+
+@every_file
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_float32(name: str, backend: str) -> None:
+    found = differences(name, backend, WINDOWS | VIDEOS)
+    assert max(found.values()) < FLOAT32, found
+
+
+@every_file
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_bfloat16(name: str, backend: str) -> None:
+    found = differences(name, backend, WINDOWS, torch.bfloat16)
+    assert max(found.values()) < BFLOAT16, found
+
+
+# PyTorch's compiler has two halves: the first traces the blocks, guards the trace and separates what is changed in
+# place; the second makes machine code of it, which takes seconds a graph. The first is where our code can go wrong.
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first half alone."""
+    compile_fully = nn.Module.compile
+
+    def trace(block: nn.Module, **settings: Any) -> None:
+        compile_fully(block, **settings, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", trace)
+    torch.compiler.reset()
+
+
+@compiles
+def test_compiled_float32() -> None:
+    found = differences("cyclic_prev2", "compile", {"window_cached", "video_cached"})
+    assert max(found.values()) < FLOAT32, found
+
+
+@compiles
+@every_file
+@pytest.mark.usefixtures("traced")
+def test_traced_float32(name: str) -> None:
+    found = differences(name, "compile", WINDOWS)
+    assert max(found.values()) < FLOAT32, found
+
+
+@compiles
+@pytest.mark.usefixtures("traced")
+def test_nothing_is_compiled_after_the_first_chunk() -> None:
+    """Nor when the window slides and the ring wraps, nor for another video, nor when that begins from nothing."""
+    run = RecordedRun(GOLDEN / "cyclic_prev2.safetensors")
+    model, config = run.model(backends()["compile"], CPU, torch.float32), run.config
+    shape = (config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
+
+    def video(given: Tensor | None, videos: int = 2) -> None:
+        context, noise = make_context(model, Strategy.CACHED, videos), SeededNoise(0, list(range(videos)), shape, CPU)
+        for chunk in generate(context, run.process, DdimSampler(run.process, 2), noise, 8, given=given):
+            if chunk.index == 0:
+                torch.compiler.set_stance("fail_on_recompile")
+        assert context.frames > 2 * context.clock.slots
+
+    try:
+        video(torch.randn(2, shape[0], 1, *shape[2:]))
+        video(None)
+        with pytest.raises(RuntimeError, match="recompile"):  # it would have been noticed
+            video(None, videos=3)
+    finally:
+        torch.compiler.set_stance("default")

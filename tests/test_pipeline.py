@@ -1,0 +1,192 @@
+"""The Python API, as the README shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ca2vdm_cli
+from ca2vdm_cli.__main__ import main
+from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.generation import Strategy
+from ca2vdm_cli.pipeline import Pipeline, VideoChunk
+
+CPU: Any = {"device": "cpu", "backend": "eager", "dtype": "float32"}
+CHUNK, WINDOW = 4, 9  # of the tiny preset
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny preset after three steps, large ones, so that what it makes depends on the context."""
+    folder = tmp_path_factory.mktemp("trained") / "weights"
+    settings = ["--set", "training.learning_rate=0.03", "--set", "training.autoencoder_steps=2"]
+    flags = ["--device", "cpu", "--backend", "eager", "--quiet", *settings]
+    assert main(["train", "--preset", "tiny", "--steps", "3", "--out", str(folder), *flags]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(weights: Path) -> Pipeline:
+    return Pipeline.load(weights, overrides=["sampling.steps=3"], **CPU)
+
+
+@pytest.fixture(scope="module")
+def given() -> np.ndarray:
+    """A clip (T, H, W, channels) of the model's size and longer than its window."""
+    return np.random.default_rng(0).integers(0, 256, (12, 32, 32, 1), np.uint8)
+
+
+def joined(chunks: list[VideoChunk]) -> np.ndarray:
+    return np.concatenate([chunk.frames for chunk in chunks], axis=1)
+
+
+def apart(frames: np.ndarray, others: np.ndarray) -> int:
+    assert frames.shape == others.shape
+    return int(np.abs(frames.astype(int) - others).max())
+
+
+def test_what_the_package_offers() -> None:
+    assert ca2vdm_cli.Pipeline is Pipeline
+    assert {"Pipeline", "VideoChunk", "UserError", "load_preset", "backends"} <= set(dir(ca2vdm_cli))
+    assert all(hasattr(ca2vdm_cli, name) for name in ca2vdm_cli.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Pipelines'"):
+        ca2vdm_cli.Pipelines  # noqa: B018
+    assert issubclass(UsageError, UserError)
+
+
+def test_sample_yields_chunks(pipeline: Pipeline) -> None:
+    chunks = list(pipeline.sample(frames=10, seed=1))
+    assert [chunk.index for chunk in chunks] == [0, 1, 2]
+    assert [chunk.frames.shape for chunk in chunks] == [(1, 4, 32, 32, 1), (1, 4, 32, 32, 1), (1, 2, 32, 32, 1)]
+    assert {chunk.frames.dtype for chunk in chunks} == {np.dtype(np.uint8)}
+    assert all(chunk.denoise_seconds > 0 and chunk.decode_seconds > 0 for chunk in chunks)
+    assert chunks[2].write_seconds < chunks[0].write_seconds  # the last chunk is nobody's context
+    assert {chunk.context_bytes for chunk in chunks} == {2 * 2 * (WINDOW + CHUNK + 3) * 16 * 48 * 4}
+
+
+def test_chunks_come_one_at_a_time(pipeline: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    chunks = pipeline.sample(10**6, on_step=lambda chunk, step: seen.append((chunk, step)))
+    assert seen == []
+    next(chunks)
+    assert seen == [(0, 1), (0, 2), (0, 3)]
+    next(chunks)
+    assert seen[3:] == [(1, 1), (1, 2), (1, 3)]
+
+
+def test_a_pipeline_can_be_used_again(pipeline: Pipeline, given: np.ndarray) -> None:
+    first = joined(list(pipeline.sample(6)))
+    interleaved = pipeline.sample(6)
+    begun = next(interleaved)
+    list(pipeline.extend(given, 3))
+    assert apart(joined([begun, *interleaved]), first) == 0
+
+
+def test_videos_are_batched(pipeline: Pipeline) -> None:
+    both = joined(list(pipeline.sample(6, videos=[0, 3])))
+    assert both.shape == (2, 6, 32, 32, 1)
+    assert apart(both[1:], joined(list(pipeline.sample(6, videos=[3])))) <= 1  # another batch size rounds differently
+    assert apart(both[:1], both[1:]) > 20
+
+
+def test_first_frame(pipeline: Pipeline, given: np.ndarray) -> None:
+    chunks = list(pipeline.sample(10, first_frame=given[0], videos=[0, 1]))
+    assert [chunk.frames.shape[1] for chunk in chunks] == [5, 4, 1]  # the given frame comes with the first chunk
+    assert chunks[0].encode_seconds > 0
+    video = joined(chunks)
+    assert apart(video[:, :1], np.stack([given[:1]] * 2)) == 0
+    alone = list(pipeline.sample(1, first_frame=given[0]))
+    assert len(alone) == 1
+    assert apart(alone[0].frames, given[None, :1]) == 0
+
+
+def test_extend_yields_the_new_frames(pipeline: Pipeline, given: np.ndarray) -> None:
+    chunks = list(pipeline.extend(given, 6))
+    assert [chunk.frames.shape[1] for chunk in chunks] == [4, 2]
+    assert chunks[0].encode_seconds > 0 == chunks[1].encode_seconds
+    assert apart(joined(list(pipeline.extend(given[-WINDOW:], 6))), joined(chunks)) == 0  # more than fits is not used
+    assert apart(joined(list(pipeline.extend(given[:1], 6))), joined(chunks)) > 1
+
+
+def test_options(pipeline: Pipeline, given: np.ndarray) -> None:
+    frames = joined(list(pipeline.extend(given, 8)))
+    for strategy in (Strategy.RECOMPUTE, "recompute"):
+        again = list(pipeline.extend(given, 8, strategy=strategy))
+        assert again[0].context_bytes == WINDOW * 4 * 8 * 8 * 4  # latents, not keys and values
+        assert apart(joined(again)[:, :4], frames[:, :4]) <= 1
+    changes: list[dict[str, Any]] = [{"seed": 1}, {"steps": 5}, {"sampler": "ddim"}, {"context_frames": 4}]
+    for change in changes:
+        assert apart(joined(list(pipeline.extend(given, 8, **change))), frames) > 1
+
+
+def test_load_by_preset_and_by_checkpoint(pipeline: Pipeline, weights: Path) -> None:
+    expected = joined(list(pipeline.sample(4)))
+    sources: list[dict[str, Path]] = [
+        {"preset": weights / "preset.yaml"},
+        {"checkpoint": weights},
+        {"checkpoint": weights / "model.safetensors"},
+        {"preset": weights, "checkpoint": weights / "model.safetensors"},
+    ]
+    for source in sources:
+        again = Pipeline.load(**source, overrides=["sampling.steps=3"], **CPU)  # type: ignore[arg-type]
+        assert apart(joined(list(again.sample(4))), expected) == 0
+        assert again.trained
+
+
+def test_random_weights_depend_on_the_seed() -> None:
+    def total(seed: int) -> float:
+        model = Pipeline.load("tiny", random_weights=True, seed=seed, **CPU).model
+        assert all(parameter.count_nonzero() for parameter in model.parameters())
+        return sum(parameter.double().sum().item() for parameter in model.parameters())
+
+    assert total(0) == total(0) != total(1)
+
+
+WRONG: list[tuple[Callable[[Pipeline, np.ndarray], object], str]] = [
+    (lambda p, g: p.sample(0), "at least one"),
+    (lambda p, g: p.sample(0, first_frame=g[0]), "at least one"),
+    (lambda p, g: p.sample(4, steps=1001), "steps: 1001 must be from 1 to 1000"),
+    (lambda p, g: p.sample(4, context_frames=10), "context frames: 10 is more than the 9"),
+    (lambda p, g: p.sample(4, first_frame=g), "given frames"),
+    (lambda p, g: p.sample(4, first_frame=g[0, :, :16]), r"uint8 \(1, 32, 16, 1\) must be uint8 \(frames, 32, 32, 1\)"),
+    (lambda p, g: p.extend(g[:0], 4), "at least one"),
+    (lambda p, g: p.extend(g / 255, 4), "float64 .* must be uint8"),
+    (lambda p, g: p.extend(g.repeat(3, 3), 4), r"\(12, 32, 32, 3\) must be uint8 \(frames, 32, 32, 1\)"),
+]
+
+
+@pytest.mark.parametrize(("ask", "expected"), WRONG, ids=range(len(WRONG)))
+def test_wrong_request_fails_before_the_first_chunk(
+    pipeline: Pipeline, given: np.ndarray, ask: Callable[[Pipeline, np.ndarray], object], expected: str
+) -> None:
+    with pytest.raises(UsageError, match=expected):
+        ask(pipeline, given)
+
+
+def test_weights_that_need_a_first_frame(weights: Path, given: np.ndarray) -> None:
+    settings = ["diffusion.unconditional_start=false", "sampling.steps=2"]
+    pipeline = Pipeline.load(weights, overrides=settings, **CPU)
+    with pytest.raises(UsageError, match="--first-frame"):
+        pipeline.sample(4)
+    assert joined(list(pipeline.sample(4, first_frame=given[0]))).shape[1] == 4
+
+
+def test_absolute_positions_end(weights: Path) -> None:
+    settings = ["model.temporal_positions=absolute", "sampling.steps=1"]
+    pipeline = Pipeline.load(weights, overrides=settings, **CPU)
+    assert joined(list(pipeline.sample(12))).shape[1] == 12
+    with pytest.raises(UsageError, match="absolute positions end at frame 13"):
+        pipeline.sample(13)
+
+
+def test_preset_without_weights() -> None:
+    with pytest.raises(UsageError, match="preset tiny: it has no weights; train some"):
+        Pipeline.load("tiny", **CPU)
+    pipeline = Pipeline.load("bench-small", random_weights=True, overrides=["model.depth=1"], **CPU)
+    assert not pipeline.trained
+    with pytest.raises(UsageError, match="works on latents only and makes no pictures"):
+        pipeline.sample(4)

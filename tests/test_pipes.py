@@ -1,0 +1,137 @@
+"""Commands as other programs meet them: pipes, signals, and no terminal. Each is a process of its own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from ca2vdm_cli.__main__ import main
+from ca2vdm_cli.video_io import Frame, open_reader
+
+PROGRAM = [sys.executable, "-W", "error", "-m", "ca2vdm_cli"]
+RUN = ["--device", "cpu", "--backend", "eager"]
+ENDLESS = ["--frames", "1000000"]
+FRAME = len(b"FRAME\n") + 32 * 32 * 3 // 2  # of y4m
+PATIENCE = 60
+
+
+@pytest.fixture(scope="module")
+def generate(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that both commands share, with weights that were trained for two steps."""
+    folder = str(tmp_path_factory.mktemp("trained") / "weights")
+    settings = ["--set", "training.autoencoder_steps=2"]
+    assert main(["train", "--preset", "tiny", "--steps", "2", "--out", folder, "--quiet", *RUN, *settings]) == 0
+    return ["--preset", folder, "--steps", "2", *RUN]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    """``start(*arguments, stdin=...)``: a command that runs in an empty folder with pipes for its output."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: str, stdin: IO[bytes] | int | None = None) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        child = subprocess.Popen([*PROGRAM, *arguments], stdin=stdin, stdout=pipe, stderr=pipe, cwd=tmp_path)
+        running.append(child)
+        return child
+
+    yield start
+    for child in running:
+        child.kill()
+        child.communicate()
+
+
+def read(pipe: IO[bytes] | None, size: int) -> bytes:
+    assert pipe
+    return pipe.read(size)
+
+
+def wait_for(path: Path) -> None:
+    """Until there is such a file or folder, and a little longer, so that there is something in it."""
+    end = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path.name} after {PATIENCE} s"
+        time.sleep(0.05)
+    time.sleep(0.5)
+
+
+def load(path: Path) -> list[Frame]:
+    with open_reader(path) as reader:
+        return list(reader)
+
+
+def test_frames_are_piped_as_they_are_made(start: Any, generate: list[str]) -> None:
+    """Also: a reader that has seen enough ends the command, which says nothing about it."""
+    sample = start("sample", *generate, *ENDLESS, "-o", "-")
+    header = sample.stdout.readline()
+    assert header.startswith(b"YUV4MPEG2 W32 H32 F8:1 ")
+    frames = [read(sample.stdout, FRAME) for _ in range(10)]
+    assert all(frame.startswith(b"FRAME\n") and len(frame) == FRAME for frame in frames)
+    assert sample.poll() is None
+    sample.stdout.close()
+    assert sample.wait(PATIENCE) == 0
+    assert sample.stderr.read() == b""
+
+
+def test_piping_from_command_to_command(start: Any, generate: list[str], tmp_path: Path) -> None:
+    """Standard output holds nothing but video; what is said goes to standard error, without colours or a moving bar."""
+    sample = start("sample", *generate, "--frames", "10", "--fps", "12", "-o", "-")
+    extend = start("extend", "-", *generate, "--frames", "7", "-o", "-", "--format", "mkv", stdin=sample.stdout)
+    sample.stdout.close()
+    video, report = extend.communicate(timeout=PATIENCE)
+    assert (extend.returncode, sample.wait(PATIENCE)) == (0, 0)
+    for text in (report, sample.stderr.read()):
+        assert b"frames/s" in text
+        assert b"\x1b" not in text
+        assert b"\r" not in text
+    (tmp_path / "out.mkv").write_bytes(video)
+    assert len(load(tmp_path / "out.mkv")) == 17
+    with open_reader(tmp_path / "out.mkv") as reader:
+        assert reader.fps == 12
+
+
+def test_interrupting_a_pipe_of_commands(start: Any, generate: list[str], tmp_path: Path) -> None:
+    """Ctrl-C reaches both; what the second has got so far it has written."""
+    sample = start("sample", *generate, *ENDLESS, "-o", "-", "-q")
+    extend = start("extend", "-", *generate, "-o", "out.mkv", stdin=sample.stdout)
+    sample.stdout.close()
+    wait_for(tmp_path / "out.mkv")
+    for child in (sample, extend):
+        child.send_signal(signal.SIGINT)
+    assert (sample.wait(PATIENCE), extend.wait(PATIENCE)) == (130, 130)
+    assert b"Traceback" not in sample.stderr.read() + extend.stderr.read()
+    assert load(tmp_path / "out.mkv")
+
+
+def test_interrupted_sample_leaves_a_playable_file(start: Any, generate: list[str], tmp_path: Path) -> None:
+    sample = start("sample", *generate, *ENDLESS, "-o", "out.mp4")
+    wait_for(tmp_path / "out.mp4")
+    sample.send_signal(signal.SIGINT)
+    out, text = sample.communicate(timeout=PATIENCE)
+    assert sample.returncode == 130
+    assert out == b""
+    frames = len(load(tmp_path / "out.mp4"))
+    assert frames > 0
+    assert text.decode() == f"interrupted: {frames} new frames are in out.mp4\n"
+
+
+def test_interrupted_before_anything_was_made(start: Any, generate: list[str], tmp_path: Path) -> None:
+    sample = start("sample", *generate, *ENDLESS, "-o", "out.mp4")
+    time.sleep(0.7)
+    sample.send_signal(signal.SIGINT)
+    assert sample.wait(PATIENCE) == 130
+    assert b"Traceback" not in sample.stderr.read()
+
+
+def test_help_into_a_closed_pipe(start: Any) -> None:
+    child = start("--help")
+    child.stdout.close()
+    assert child.wait(PATIENCE) == 0
+    assert child.stderr.read() == b""
