@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 
 import torch
-import torch._dynamo
 from torch import nn
 
 from ca2vdm_backends.sdpa import SdpaBackend
@@ -32,6 +31,8 @@ class CompileBackend(SdpaBackend):
         return None
 
     def prepare(self, block: nn.Module) -> None:
+        import torch._dynamo  # slow to import, and only this backend needs it
+
         # A block has a handful of shapes (denoise, write, first and last block); several models may share a process.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         block.compile(fullgraph=True, dynamic=False)

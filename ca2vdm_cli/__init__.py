@@ -6,6 +6,13 @@ instant and does not bring in torch.
 
 from importlib import import_module
 from time import perf_counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .errors import UserError
+    from .pipeline import Pipeline, VideoChunk
+    from .plugins import backends, choose_backend
+    from .presets import LoadedPreset, list_presets, load_preset
 
 STARTED = perf_counter()
 """When this process began to use the package: what "seconds since the start" counts from."""
@@ -22,7 +29,17 @@ _HOME = {  # name: the module it lives in
     "list_presets": "presets",
     "load_preset": "presets",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "LoadedPreset",
+    "Pipeline",
+    "UserError",
+    "VideoChunk",
+    "__version__",
+    "backends",
+    "choose_backend",
+    "list_presets",
+    "load_preset",
+]
 
 
 def __getattr__(name: str) -> object:

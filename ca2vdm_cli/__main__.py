@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from .errors import UserError
@@ -18,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    _treat_termination_as_interrupt()
     try:
         from .cli import run
 
@@ -39,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error = UserError(f"{what} (a fault of the program; --debug shows where, please report it)")
         print_error(error)
         return error.exit_code
+
+
+def _treat_termination_as_interrupt() -> None:
+    """SIGTERM too leaves a playable file of the finished chunks."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _discard_output() -> None:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from .compare import ChunkComparison, side_by_side
+from .compare import ChunkComparison, SideBySide
 from .generation import Strategy
 from .pipeline import Pipeline
 from .verify import tolerance
@@ -27,19 +27,21 @@ def run_bench(
 
     The steady state is every chunk that sees a full window, but for the very first chunk, which warms up. Seconds per
     chunk count the denoising steps and the cache write; ``recompute`` has no write. Peak memory is weights, kept
-    context, and the highest rise while a chunk was made.
+    context, and the highest rise while one more chunk is made, whose time is not counted.
     """
     config = pipeline.config.model
     window = context_frames or config.context_frames
     chunks = math.ceil(frames / config.chunk_frames)
     steps = steps or pipeline.config.sampling.steps
     rows: list[ChunkComparison] = []
-    compared = side_by_side(pipeline, chunks, steps=steps, sampler=sampler, seed=seed, context_frames=context_frames)
+    compared = SideBySide(pipeline, chunks, steps=steps, sampler=sampler, seed=seed, context_frames=context_frames)
     for row in compared:
         rows.append(row)
         on_chunk(row)
     steady = [row for row in rows if row.first_frame >= window and row.index > 0]
-    results = {strategy.value: _measure(pipeline, strategy, rows, steady, steps) for strategy in rows[0].chunks}
+    results = {
+        strategy.value: _measure(pipeline, compared, strategy, rows, steady, steps) for strategy in rows[0].chunks
+    }
     cached, recompute = results["cached"], results["recompute"]
 
     def ratio(key: str) -> float | None:
@@ -72,7 +74,12 @@ def run_bench(
 
 
 def _measure(
-    pipeline: Pipeline, strategy: Strategy, rows: list[ChunkComparison], steady: list[ChunkComparison], steps: int
+    pipeline: Pipeline,
+    compared: SideBySide,
+    strategy: Strategy,
+    rows: list[ChunkComparison],
+    steady: list[ChunkComparison],
+    steps: int,
 ) -> dict[str, Any]:
     def seconds(row: ChunkComparison) -> float:
         chunk = row.chunks[strategy]
@@ -81,8 +88,7 @@ def _measure(
     def median(values: list[float]) -> float | None:
         return statistics.median(values) if values else None
 
-    context = rows[-1].contexts[strategy].nbytes
-    growth = max(row.growth_bytes[strategy] for row in rows)
+    context, growth = compared.contexts[strategy].nbytes, compared.growth(strategy)
     return {
         "seconds": sum(map(seconds, rows)),
         "seconds_per_chunk": [seconds(row) for row in rows],
@@ -93,5 +99,5 @@ def _measure(
         "cache_write_seconds": median([row.chunks[strategy].write_seconds for row in steady]),
         "cache_bytes": context if strategy is Strategy.CACHED else 0,
         "context_bytes": context,
-        "peak_memory_bytes": pipeline.weights_bytes + context + growth,
+        "peak_memory_bytes": None if growth is None else pipeline.weights_bytes + context + growth,
     }

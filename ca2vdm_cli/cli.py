@@ -154,7 +154,7 @@ def extend(
     ] = False,
     aspect: Annotated[
         AspectName, typer.Option(help="When the input's shape is not the model's: cut, add bars, or distort.")
-    ] = AspectName.crop,
+    ] = AspectName.stretch,
     size: Annotated[
         str | None, typer.Option(metavar="WxH|model", help="Size of the output. Default: the input's.")
     ] = None,
@@ -188,6 +188,9 @@ def train(
         Path | None,
         typer.Option(metavar="DIR", help="A folder of videos, or one video. Default: the preset's synthetic data."),
     ] = None,
+    aspect: Annotated[
+        AspectName, typer.Option(help="When a video's shape is not the model's: cut, add bars, or distort.")
+    ] = AspectName.stretch,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where weights and state go.")] = Path("runs/train"),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: the preset's.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to begin from (fine-tuning).")] = None,
@@ -202,7 +205,21 @@ def train(
     """Train a model (and first, where it needs one, its autoencoder) on videos or on the preset's synthetic data."""
     from .commands.train import run
 
-    run(preset, data, out, steps, checkpoint, resume, seed, backend, device, set_ or [], as_json=json, quiet=quiet)
+    run(
+        preset,
+        data,
+        aspect.value,
+        out,
+        steps,
+        checkpoint,
+        resume,
+        seed,
+        backend,
+        device,
+        set_ or [],
+        as_json=json,
+        quiet=quiet,
+    )
 
 
 @app.command()

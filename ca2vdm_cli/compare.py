@@ -21,9 +21,6 @@ class ChunkComparison:
     index: int
     first_frame: int
     chunks: dict[Strategy, LatentChunk]
-    contexts: dict[Strategy, Context]
-    growth_bytes: dict[Strategy, int]
-    """By how much memory rose, at the highest, while the chunk was made."""
     difference: float
     """Largest absolute difference of any strategy's latents from the first one's."""
     scale: float
@@ -32,19 +29,11 @@ class ChunkComparison:
     """Whether the window has not slid yet, so that all strategies see the same frames."""
 
 
-def side_by_side(
-    pipeline: Pipeline,
-    chunks: int,
-    strategies: Sequence[Strategy] = (Strategy.CACHED, Strategy.RECOMPUTE),
-    *,
-    steps: int | None = None,
-    sampler: str | None = None,
-    seed: int = 0,
-    context_frames: int | None = None,
-) -> Iterator[ChunkComparison]:
-    """Generate the same video by several strategies, taking turns chunk by chunk so that a noisy machine hits all.
+class SideBySide:
+    """The same video by several strategies, taking turns chunk by chunk so that a noisy machine hits all of them.
 
-    The video begins from an empty context, or from one random latent frame if the weights can't do that.
+    The video begins from an empty context, or from one random latent frame if the weights can't do that. Iterate over
+    it to make the chunks.
 
     Args:
         pipeline: model and settings; no autoencoder is needed.
@@ -52,43 +41,70 @@ def side_by_side(
         strategies: which; the first is what the others are compared with.
         steps, sampler, seed, context_frames: as in ``Pipeline.sample``.
     """
-    config, model = pipeline.config, pipeline.model
-    if chunks < 1:
-        raise UsageError("--frames: at least one chunk is needed")
-    shape = (config.model.in_channels, config.model.chunk_frames, config.model.latent_height, config.model.latent_width)
-    given = None
-    if not config.diffusion.unconditional_start:
-        generator = torch.Generator().manual_seed(seed)
-        given = torch.randn(1, shape[0], 1, *shape[2:], generator=generator).to(model.device)
-    runs: dict[Strategy, tuple[Context, Iterator[LatentChunk]]] = {}
-    for strategy in strategies:
-        context = make_context(model, strategy, 1, context_frames=context_frames)
-        solver = make_sampler(sampler or config.sampling.sampler, pipeline.process, steps or config.sampling.steps)
-        noise = SeededNoise(seed, [0], shape, model.device)
-        caption = pipeline.no_caption(1)
-        # one chunk more than asked for, so that the last one is followed by a cache write like all others
-        runs[strategy] = (
-            context,
-            generate(context, pipeline.process, solver, noise, chunks + 1, given=given, caption=caption),
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        chunks: int,
+        strategies: Sequence[Strategy] = (Strategy.CACHED, Strategy.RECOMPUTE),
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        context_frames: int | None = None,
+    ) -> None:
+        config, model = pipeline.config, pipeline.model
+        if chunks < 1:
+            raise UsageError("--frames: at least one chunk is needed")
+        self.model, self.chunks, self.strategies = model, chunks, strategies
+        shape = (
+            config.model.in_channels,
+            config.model.chunk_frames,
+            config.model.latent_height,
+            config.model.latent_width,
         )
-    for index in range(chunks):
-        made: dict[Strategy, LatentChunk] = {}
-        growth: dict[Strategy, int] = {}
-        for strategy in strategies if index % 2 == 0 else reversed(strategies):
-            memory = PeakMemory(model.device)
-            made[strategy] = next(runs[strategy][1])
-            check_finite(made[strategy], model.dtype)
-            growth[strategy] = memory.growth()
-        reference = made[strategies[0]].latents
-        apart = max(((made[s].latents - reference).abs().max().item() for s in strategies[1:]), default=0.0)
-        first = made[strategies[0]].first_frame
-        yield ChunkComparison(
-            index,
-            first,
-            made,
-            {strategy: context for strategy, (context, _) in runs.items()},
-            growth,
-            apart,
-            reference.abs().max().item(),
-            before_slide=first <= runs[strategies[0]][0].clock.context_frames,
-        )
+        given = None
+        if not config.diffusion.unconditional_start:
+            generator = torch.Generator().manual_seed(seed)
+            given = torch.randn(1, shape[0], 1, *shape[2:], generator=generator).to(model.device)
+        self.contexts: dict[Strategy, Context] = {}
+        self._runs: dict[Strategy, Iterator[LatentChunk]] = {}
+        for strategy in strategies:
+            context = make_context(model, strategy, 1, context_frames=context_frames)
+            solver = make_sampler(sampler or config.sampling.sampler, pipeline.process, steps or config.sampling.steps)
+            noise = SeededNoise(seed, [0], shape, model.device)
+            self.contexts[strategy] = context
+            # two chunks more than asked for: one on which memory is measured, and a last one, never made, so that all
+            # others are followed by a cache write
+            self._runs[strategy] = generate(
+                context, pipeline.process, solver, noise, chunks + 2, given=given, caption=pipeline.no_caption(1)
+            )
+
+    def __iter__(self) -> Iterator[ChunkComparison]:
+        for index in range(self.chunks):
+            made: dict[Strategy, LatentChunk] = {}
+            for strategy in self.strategies if index % 2 == 0 else reversed(self.strategies):
+                made[strategy] = next(self._runs[strategy])
+                check_finite(made[strategy], self.model.dtype)
+            chunks = [made[strategy] for strategy in self.strategies]
+            reference, first = chunks[0].latents, chunks[0].first_frame
+            yield ChunkComparison(
+                index,
+                first,
+                made,
+                max(((chunk.latents - reference).abs().max().item() for chunk in chunks[1:]), default=0.0),
+                reference.abs().max().item(),
+                before_slide=first <= self.contexts[self.strategies[0]].clock.context_frames,
+            )
+
+    def growth(self, strategy: Strategy) -> int | None:
+        """By how many bytes memory rises, at the highest, while one more chunk is made, whose time counts nowhere.
+
+        None where positions that do not wrap leave no room for another chunk.
+        """
+        memory = PeakMemory(self.model.device)
+        try:
+            next(self._runs[strategy])
+        except UsageError:
+            return None
+        return memory.growth()

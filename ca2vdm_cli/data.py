@@ -119,7 +119,7 @@ class VideoFolder:
     """
 
     def __init__(
-        self, path: Path, video: VideoConfig, seed: int, frames: int = 1, aspect: Aspect = Aspect.CROP
+        self, path: Path, video: VideoConfig, seed: int, frames: int = 1, aspect: Aspect = Aspect.STRETCH
     ) -> None:
         """Look at every video without decoding more than its first frame.
 

@@ -100,7 +100,7 @@ class KVCache:
 
     @property
     def window_nbytes(self) -> int:
-        """Bytes of the P_max cached frames and the K prefix frames: the paper's formula, without a chunk's own slots."""
+        """Bytes of the P_max cached frames and the K prefix frames: the paper's formula, without a chunk's slots."""
         config = self.config
         frame = config.depth * self.batch_size * config.tokens_per_frame * 2 * config.hidden_size * self.dtype.itemsize
         return frame * (self.clock.context_frames + self.spatial_frames)

@@ -304,8 +304,10 @@ def find_weights(
     if path is not None and path.is_dir():
         if not (path / PRESET_FILE).is_file():
             raise UsageError(f"--checkpoint {path}: a folder without {PRESET_FILE}; name the weights file itself")
-        loaded = load_preset(preset or path, overrides)
-        return loaded, load_preset(path).weights_path if preset else loaded.weights_path
+        if preset is not None:
+            raise UsageError(f"--checkpoint {path}: the folder has a preset of its own; leave out --preset {preset}")
+        loaded = load_preset(path, overrides)
+        return loaded, loaded.weights_path
     if path is not None and not path.is_file():
         raise UsageError(f"--checkpoint {path}: no such file")
     if preset is None and path is not None and (path.parent / PRESET_FILE).is_file():

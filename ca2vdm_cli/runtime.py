@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
+from contextlib import suppress
 from enum import Enum
 
 import torch
@@ -81,8 +83,9 @@ def peak_memory(device: torch.device) -> int:
 class PeakMemory:
     """By how much memory rises at the highest, from now on.
 
-    On Linux the kernel's high-water mark of the process is reset; elsewhere only a rise above the process's earlier
-    peak is seen. On a GPU it is PyTorch's allocations.
+    On Linux, memory that was freed is first returned to the system and the kernel's high-water mark is reset, so do
+    not time the same stretch; elsewhere only a rise above the process's earlier peak is seen. On a GPU it is PyTorch's
+    allocations.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -91,11 +94,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
         else:
-            try:
-                with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-                    file.write("5")
-            except OSError:
-                pass
+            with suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
+            with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+                file.write("5")
             self._before = self._resident("VmRSS")
 
     def growth(self) -> int:

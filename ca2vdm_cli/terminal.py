@@ -154,7 +154,7 @@ def print_run_report(report: Mapping[str, Any]) -> None:
         markup=False,
     )
     context = "cache" if report["strategy"] == "cached" else "context"
-    memory = [("weights", "weights_bytes"), (context, "cache_bytes"), ("peak", "peak_memory_bytes")]
+    memory = [("weights", "weights_bytes"), (context, "context_bytes"), ("peak", "peak_memory_bytes")]
     lines = Table.grid(padding=(0, 2))
     lines.add_row("  memory", "  ".join(f"{name} [bold]{size(report[key])}[/]" for name, key in memory))
     steps = [

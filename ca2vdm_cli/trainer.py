@@ -63,6 +63,7 @@ class Trainer:
         device: where.
         steps: the last step, for the learning-rate schedule.
         seed: of everything.
+        origin: where the clips come from, remembered for ``--resume``.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Trainer:
         device: torch.device,
         steps: int,
         seed: int = 0,
+        origin: str = "",
     ) -> None:
         self.preset, self.source, self.autoencoder = preset, source, autoencoder
-        self.device, self.steps, self.seed = device, steps, seed
+        self.device, self.steps, self.seed, self.origin = device, steps, seed, origin
         self.step = 0
         torch.manual_seed(seed)
         self.model = CausalVideoTransformer(preset.model, backend).to(device).train()
@@ -170,7 +172,7 @@ class Trainer:
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-        metadata = {"step": str(self.step), "seed": str(self.seed), "steps": str(self.steps)}
+        metadata = {"step": str(self.step), "seed": str(self.seed), "steps": str(self.steps), "origin": self.origin}
         save_tensors(folder / STATE_FILE, tensors, metadata)
 
     def resume(self, folder: Path) -> None:

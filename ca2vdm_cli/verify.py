@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .compare import ChunkComparison, side_by_side
+from .compare import ChunkComparison, SideBySide
 from .pipeline import Pipeline
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -38,4 +38,4 @@ def verify_strategies(
     limit = until_slide + chunks_after_slide
     if config.temporal_positions.value == "absolute":
         limit = min(limit, (config.table_length - start) // config.chunk_frames - 1)
-    return side_by_side(pipeline, limit, steps=steps, seed=seed)
+    return iter(SideBySide(pipeline, limit, steps=steps, seed=seed))

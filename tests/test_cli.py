@@ -639,7 +639,7 @@ def test_bench_as_json(report: Callable[..., Any]) -> None:
 
 def test_bench_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm("bench", *EXACT) == 0
-    text = capsys.readouterr().err
+    text = capsys.readouterr().out
     assert re.search(r"cached is \d+\.\d\d× (faster|slower) than recompute at a 9-frame window", text)
     for words in ("random weights", "cached", "recompute", "ratio", "a chunk", "in total", "peak"):
         assert words in text
@@ -648,7 +648,7 @@ def test_bench_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_of_one_chunk_has_no_ratio(report: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert report("bench", *EXACT, "--frames", 4)["speedup"] is None
     assert ca2vdm("bench", *EXACT, "--frames", 4) == 0
-    assert "ask for more --frames" in capsys.readouterr().err
+    assert "ask for more --frames" in capsys.readouterr().out
 
 
 def test_bench_uses_weights_where_there_are_some(report: Callable[..., Any], weights: Path) -> None:
@@ -695,7 +695,7 @@ def test_fault_in_the_cache_is_found(
     assert result["max_abs_difference_before_slide"] > 1e-3 * result["max_abs_latent"]
     assert result["outputs_agree"] is False
     assert ca2vdm("bench", *EXACT, "--frames", 8) == 0
-    assert "outputs DIFFER by" in capsys.readouterr().err
+    assert "outputs DIFFER by" in capsys.readouterr().out
     result = report("verify", *EXACT, code=1)
     assert result["ok"] is False
     assert [row["ok"] for row in result["results"]] != [True] * 3 + [None] * 2

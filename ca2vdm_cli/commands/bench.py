@@ -7,7 +7,7 @@ from typing import Any
 
 from ..bench import run_bench
 from ..pipeline import Pipeline
-from ..terminal import ProgressBar, console, duration, note, print_json, size, table
+from ..terminal import ProgressBar, duration, output_console, print_json, size, table
 
 
 def run(
@@ -58,7 +58,7 @@ def run(
 
 
 def _print(report: dict[str, Any]) -> None:
-    out = console()
+    out = output_console()
     weights = "trained weights" if report["trained"] else "random weights"
     speedup = report["speedup"]
     if speedup:
@@ -69,7 +69,7 @@ def _print(report: dict[str, Any]) -> None:
     apart = f"{report['max_abs_difference_before_slide']:.1e}"
     exact = f"outputs equal to {apart}" if report["outputs_agree"] else f"[red]outputs DIFFER by {apart}[/]"
     out.print(f"[bold]{verdict}, {exact} until the window slides (largest latent {report['max_abs_latent']:.1f})[/]")
-    note(
+    out.print(
         f"{report['preset']} ({weights}), {report['backend']} on {report['device']} in {report['dtype']}, "
         f"{report['frames']} frames in chunks of {report['chunk_frames']}, {report['steps']} steps, "
         f"{report['tokens_per_frame']} tokens a frame, weights {size(report['weights_bytes'])}"
@@ -86,7 +86,7 @@ def _print(report: dict[str, Any]) -> None:
             shown(result["steady_seconds_per_chunk"]),
             shown(result["seconds"]),
             size(result["context_bytes"]),
-            size(result["peak_memory_bytes"]),
+            "–" if result["peak_memory_bytes"] is None else size(result["peak_memory_bytes"]),
         ]
         for name, result in report["results"].items()
     ]
@@ -94,7 +94,7 @@ def _print(report: dict[str, Any]) -> None:
     rows.append(["ratio", *("" if ratio is None else f"{ratio:.2f}×" for ratio in ratios), "", ""])
     out.print(table(["", "a step>", "cache write>", "a chunk>", "in total>", "kept>", "peak>"], rows))
     if report["max_abs_difference_after_slide"] is not None:
-        note(
+        out.print(
             f"after the window slides they differ by {report['max_abs_difference_after_slide']:.1e}: a recomputed "
             "frame has lost the frames before the window, a cached one remembers them"
         )

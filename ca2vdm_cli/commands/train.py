@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..autoencoder import Autoencoder, ConvAutoencoder, load_autoencoder, save_autoencoder, train_autoencoder
-from ..checkpoint import load_tensors
+from ..checkpoint import load_metadata, load_tensors
 from ..config import AutoencoderKind, Preset
 from ..data import ClipSource, MovingDigits, VideoFolder
 from ..errors import UsageError
@@ -19,11 +19,13 @@ from ..presets import LoadedPreset
 from ..runtime import resolve_device
 from ..terminal import ProgressBar, duration, note, print_json
 from ..trainer import AUTOENCODER_FILE, STATE_FILE, WEIGHTS_FILE, StepReport, Trainer, train, write_preset
+from ..video_io import Aspect
 
 
 def run(
     preset: str | None,
     data: Path | None,
+    aspect: str,
     out: Path,
     steps: int | None,
     checkpoint: Path | None,
@@ -52,12 +54,22 @@ def run(
         weights=WEIGHTS_FILE,
         autoencoder_weights=AUTOENCODER_FILE if config.autoencoder.kind is AutoencoderKind.CONV else None,
     )
-    source = _source(loaded, data, seed)
+    if resume and data is None:
+        origin = load_metadata(out / STATE_FILE).get("origin")
+        data = Path(origin) if origin else None
+    source = _source(loaded, data, seed, aspect)
     autoencoder = _autoencoder(loaded, config, source, out, where, seed, quiet)
     write_preset(config, out)
 
     trainer = Trainer(
-        config, source, autoencoder, choose_backend(backend, where, torch.float32), where, config.training.steps, seed
+        config,
+        source,
+        autoencoder,
+        choose_backend(backend, where, torch.float32),
+        where,
+        config.training.steps,
+        seed,
+        origin="" if data is None else str(data.resolve()),
     )
     if resume:
         trainer.resume(out)
@@ -80,7 +92,7 @@ def run(
         with bar:
             train(trainer, out, on_step)
     except KeyboardInterrupt:
-        again = (f" --data {data}" if data else "") + (f" --seed {seed}" if seed else "")
+        again = f" --seed {seed}" if seed else ""
         note(f"interrupted at step {trainer.step}: go on with --resume --out {out}{again}", quiet=quiet)
         raise
     seconds = time.perf_counter() - began
@@ -103,11 +115,12 @@ def run(
         note(f"  sample it with: ca2vdm sample --preset {out}", quiet=quiet)
 
 
-def _source(loaded: LoadedPreset, data: Path | None, seed: int) -> ClipSource:
+def _source(loaded: LoadedPreset, data: Path | None, seed: int, aspect: str) -> ClipSource:
     config = loaded.config
     assert config.video is not None
     if data is not None:
-        return VideoFolder(data, config.video, seed, config.model.context_frames + config.model.chunk_frames)
+        frames = config.model.context_frames + config.model.chunk_frames
+        return VideoFolder(data, config.video, seed, frames, Aspect(aspect))
     if config.synthetic_data is None:
         raise UsageError(f"preset {loaded.name}: it has no synthetic data; name a folder of videos with --data")
     return MovingDigits(config.synthetic_data, config.video, seed)
