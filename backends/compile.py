@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +31,10 @@ class CompileBackend(SdpaBackend):
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
             return "no C++ compiler found (install g++ or set CXX)"
+        if device.type == "cpu" and not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+            return "no Python headers found (install your system's python3-dev package)"
+        if device.type == "cuda" and find_spec("triton") is None:
+            return "triton is not installed"
         return None
 
     def prepare(self, block: nn.Module) -> None:

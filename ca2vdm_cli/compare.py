@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import UsageError
-from .generation import Context, LatentChunk, SeededNoise, Strategy, generate, make_context
+from .generation import Context, LatentChunk, SeededNoise, Strategy, generate, make_context, stored_caption
 from .pipeline import Pipeline, check_finite
 from .runtime import PeakMemory
 from .sampler import make_sampler
@@ -77,7 +77,7 @@ class SideBySide:
             # two chunks more than asked for: one on which memory is measured, and a last one, never made, so that all
             # others are followed by a cache write
             self._runs[strategy] = generate(
-                context, pipeline.process, solver, noise, chunks + 2, given=given, caption=pipeline.no_caption(1)
+                context, pipeline.process, solver, noise, chunks + 2, given=given, caption=stored_caption(model, 1)
             )
 
     def __iter__(self) -> Iterator[ChunkComparison]:

@@ -159,8 +159,10 @@ class ModelConfig:
             f"{self.context_frames - self.chunk_frames}",
         )
         need(
-            self.spatial_prefix is not SpatialPrefix.PREV_FRAMES or self.spatial_prefix_frames <= self.context_frames,
-            f"spatial_prefix_frames: {self.spatial_prefix_frames} must be at most context_frames {self.context_frames}",
+            self.spatial_prefix is not SpatialPrefix.PREV_FRAMES
+            or self.spatial_prefix_frames <= self.context_frames - self.sink_frames,
+            f"spatial_prefix_frames: {self.spatial_prefix_frames} must be at most context_frames - sink_frames = "
+            f"{self.context_frames - self.sink_frames}",
         )
         need(
             self.table_length >= self.context_frames + self.chunk_frames
@@ -271,8 +273,6 @@ class SamplingConfig:
     """Name of the sampler: ancestral, ddim, dpm++, or a diffusers scheduler's class name."""
     steps: Count = 100
     """Denoising steps N of a chunk."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """Classifier-free guidance; 1 turns it off (text models only)."""
     frames: Count = 32
     """Frames that ``sample`` and ``extend`` make unless told otherwise."""
 

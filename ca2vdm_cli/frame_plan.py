@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import Causality, ModelConfig, TemporalPositions
+from .config import Causality, ModelConfig, SpatialPrefix, TemporalPositions
 from .errors import UsageError
 
 
@@ -21,6 +21,8 @@ class FramePlan:
 
     clean_frames: int
     """The first so many frames are clean; the others are noisy."""
+    recurs: bool
+    """Whether this shape comes again and again, so that compiling it pays: a whole chunk, or a full window."""
     positions: Tensor
     """(T,) or (B, T) int64: entries of the position table, or frame numbers for rope."""
     temporal_mask: Tensor
@@ -64,6 +66,12 @@ class FrameClock:
             )
         if self.context_frames < 1:
             raise UsageError(f"context frames: {self.context_frames} must be at least 1")
+        prefix = config.spatial_prefix_frames
+        if config.spatial_prefix is SpatialPrefix.PREV_FRAMES and self.context_frames - self.sink_frames < prefix:
+            raise UsageError(
+                f"context frames: {self.context_frames} must leave room, beside {self.sink_frames} sink frames, for "
+                f"the {prefix} frames of the spatial prefix"
+            )
         if self.sink_frames and self.sink_frames > self.context_frames - config.chunk_frames:
             raise UsageError(
                 f"sink frames: {self.sink_frames} must leave a chunk of {config.chunk_frames} frames free "
@@ -117,12 +125,19 @@ def within_chunk_mask(frames: int, clean_frames: int, causality: Causality) -> T
 
 
 def sequence_plan(
-    config: ModelConfig, clean_frames: int, noisy_frames: int, positions: Tensor, device: torch.device
+    config: ModelConfig,
+    clean_frames: int,
+    noisy_frames: int,
+    positions: Tensor,
+    device: torch.device,
+    *,
+    recurs: bool = False,
 ) -> FramePlan:
     """The plan of a forward without a cache (training, recompute): clean context first, then the noisy chunk."""
     frames = clean_frames + noisy_frames
     mask = within_chunk_mask(frames, clean_frames, config.causality)
-    return FramePlan(clean_frames, positions.to(device), mask.to(device), rotation(config, positions, device))
+    turns = rotation(config, positions, device)
+    return FramePlan(clean_frames, recurs, positions.to(device), mask.to(device), turns)
 
 
 def rope_angles(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
@@ -141,3 +156,10 @@ def rotation(config: ModelConfig, positions: Tensor, device: torch.device) -> tu
         return None
     cos, sin = rope_angles(positions, config.head_size)
     return cos.to(device), sin.to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the last dimension: x (..., T, E) by angles (T, E)."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import NoiseProcess
+from .errors import UsageError
 from .frame_plan import FrameClock
 from .kv_cache import KVCache, TextKeysValues
 from .model import CausalVideoTransformer
@@ -54,6 +55,8 @@ class SeededNoise:
     """
 
     def __init__(self, seed: int, videos: list[int], shape: tuple[int, ...], device: torch.device) -> None:
+        if seed < 0:
+            raise UsageError(f"seed: {seed} must not be negative")
         self.seed, self.videos, self.shape, self.device = seed, videos, shape, device
         self._generators: list[torch.Generator] = []
 
@@ -264,7 +267,7 @@ def generate(
         noise: all randomness.
         chunks: how many.
         given: clean latents (B, C, P, h, w) to continue, P at most the window; None begins from an empty context.
-        caption: for models with text; if it is guided, the context must have room for 2B videos.
+        caption: needed by models with text; if it is guided, the context must have room for 2B videos.
         on_step: called with (chunk index, steps done).
     """
     model = context.model
@@ -304,12 +307,19 @@ def generate(
         yield LatentChunk(index, first_frame, x, denoised - began, written - denoised)
 
 
+def stored_caption(model: CausalVideoTransformer, videos: int) -> Caption | None:
+    """What a model with text is given where there is no text: its stored unconditional caption. None without text."""
+    stored = model.unconditional_caption(videos)
+    return None if stored is None else Caption(*stored)
+
+
 def _text_keys_values(model: CausalVideoTransformer, caption: Caption) -> list[TextKeysValues]:
     """The caption's; with guidance, then those of the stored unconditional caption under the same mask."""
     if not caption.guided:
         return model.text_keys_values(caption.embedding, caption.mask)
-    assert model.y_embedder is not None
-    unconditional = model.y_embedder.y_embedding.to(caption.embedding).expand_as(caption.embedding)
+    stored = model.unconditional_caption(len(caption.embedding))
+    assert stored is not None, "guidance needs a model with text"
+    unconditional = stored[0].to(caption.embedding)
     return model.text_keys_values(torch.cat([caption.embedding, unconditional]), caption.mask.repeat(2, 1))
 
 

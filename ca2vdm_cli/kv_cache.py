@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import ModelConfig, SpatialPrefix
 from .errors import UsageError
-from .frame_plan import FrameClock, FramePlan, rotation, within_chunk_mask
+from .frame_plan import FrameClock, FramePlan, rotate, rotation, within_chunk_mask
 
 
 class LayerCache(NamedTuple):
@@ -67,6 +67,8 @@ class KVCache:
         self.dtype, self.device = dtype, torch.device(device)
         self.frames = 0
         """Clean frames written since the video began: the number of the next frame."""
+        self.sink_keys: list[Tensor] = []
+        """rope sinks' keys as first written, one entry a block; empty until the window slides."""
         self.text: list[TextKeysValues] = []
         """Keys and values of the caption, one entry a block; empty without text."""
 
@@ -95,7 +97,9 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, text included, as allocated."""
-        buffers = [t for layer in (*self.layers, *self.text) for t in layer if t is not None]
+        buffers = [t for layer in self.layers for t in layer if t is not None] + self.sink_keys
+        buffers += [t for layer in self.text for t in (layer.k, layer.v)]
+        buffers += [layer.mask for layer in self.text[:1]]  # one mask, shared by all blocks
         return sum(t.nbytes for t in buffers)
 
     @property
@@ -107,7 +111,7 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget all frames; the caption stays. Buffers are zeroed so that no stale number can be read."""
-        self.frames = 0
+        self.frames, self.sink_keys = 0, []
         for layer in self.layers:
             for buffer in layer:
                 if buffer is not None:
@@ -132,15 +136,16 @@ class KVCache:
         if self.config.spatial_prefix is SpatialPrefix.FIRST_FRAME:
             source = torch.tensor([0])  # a later write puts back what is there already, see PrefixAttention
             spatial_slots = torch.tensor([0])
-            seen = torch.tensor([start > 0])
+            seen = torch.tensor([True])
         else:
             kept = numbers[-self.spatial_frames :] if self.spatial_frames else []
             source = torch.tensor([f - start for f in kept], dtype=torch.int64)
             spatial_slots = torch.tensor([f % self.spatial_frames for f in kept], dtype=torch.int64)
-            seen = torch.arange(self.spatial_frames) < start
+            seen = torch.arange(self.spatial_frames) < max(start, 1)
         positions = torch.tensor([clock.position(f, start) for f in numbers])
         return FramePlan(
             clean_frames=frames if clean else 0,
+            recurs=frames == self.config.chunk_frames,
             positions=positions.to(self.device),
             temporal_mask=mask.to(self.device),
             rotation=rotation(self.config, positions, self.device),
@@ -151,8 +156,19 @@ class KVCache:
             has_prefix=torch.tensor(start > 0).to(self.device),
         )
 
-    def commit(self, frames: int) -> int:
-        """Count ``frames`` clean frames as written. Returns by how many positions rope sinks must be moved along."""
-        before = self.clock.sink_shift(self.frames)
+    def commit(self, frames: int) -> None:
+        """Count ``frames`` clean frames as written; rope sinks move along, so as to stay right before the window.
+
+        Their keys as first written are kept and turned by the whole way each time: turning what was turned before
+        would add up rounding errors.
+        """
         self.frames += frames
-        return self.clock.sink_shift(self.frames) - before if self.clock.sink_frames else 0
+        sinks, shift = self.clock.sink_frames, self.clock.sink_shift(self.frames)
+        if not (sinks and shift):
+            return
+        if not self.sink_keys:
+            self.sink_keys = [layer.temporal_k[:, :, :sinks].clone() for layer in self.layers]
+        turn = rotation(self.config, torch.tensor([shift]), self.device)
+        assert turn is not None
+        for layer, keys in zip(self.layers, self.sink_keys, strict=True):
+            layer.temporal_k[:, :, :sinks] = rotate(keys, *turn)

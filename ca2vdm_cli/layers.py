@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attention import Backend
 from .config import ModelConfig, SpatialPrefix
-from .frame_plan import FramePlan
+from .frame_plan import FramePlan, rotate
 from .kv_cache import LayerCache, TextKeysValues
 
 
@@ -29,13 +29,6 @@ def sincos_2d(height: int, width: int, size: int) -> Tensor:
     """(height*width, size): the first half of the channels tells the column, the second the row (as in DiT)."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.cat([sincos_1d(columns.flatten(), size // 2), sincos_1d(rows.flatten(), size // 2)], dim=1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of the last dimension: x (..., T, E) by angles (T, E)."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -210,8 +203,8 @@ class TemporalAttention(SelfAttention):
     @staticmethod
     def _store(k: Tensor, v: Tensor, plan: FramePlan, cache: LayerCache) -> tuple[Tensor, Tensor]:
         assert plan.slots is not None
-        cache.temporal_k.index_copy_(2, plan.slots, k.to(cache.temporal_k.dtype))
-        cache.temporal_v.index_copy_(2, plan.slots, v.to(cache.temporal_v.dtype))
+        cache.temporal_k.index_copy_(2, plan.slots, k)
+        cache.temporal_v.index_copy_(2, plan.slots, v)
         return cache.temporal_k, cache.temporal_v
 
 

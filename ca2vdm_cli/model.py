@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attention import Backend
 from .config import ModelConfig, SpatialPrefix, TemporalPositions
-from .frame_plan import FrameClock, FramePlan, rope_angles, sequence_plan
+from .frame_plan import FrameClock, FramePlan, sequence_plan
 from .kv_cache import KVCache, LayerCache, TextKeysValues
 from .layers import (
     CaptionEmbedder,
@@ -29,7 +29,6 @@ from .layers import (
     SpatialAttention,
     TemporalAttention,
     TimestepEmbedder,
-    rotate,
     sincos_1d,
     sincos_2d,
 )
@@ -104,6 +103,7 @@ class CausalVideoTransformer(nn.Module):
         assert cache is None or clean in (0, frames), "with a cache, frames are all noisy or all clean"
         writes_only = cache is not None and clean == frames
         text = text if text is not None else cache.text if cache is not None else []
+        assert bool(text) == (self.y_embedder is not None), "a model with text needs a caption, if only the stored one"
 
         x = self.x_embedder(latents.to(self.dtype)) + self.pos_embed.to(self.dtype)  # (B, T, S, D)
         t = self._embed_timesteps(timestep, clean, frames)  # (B, T, D)
@@ -114,11 +114,11 @@ class CausalVideoTransformer(nn.Module):
         for i, block in enumerate(self._blocks):
             layer = cache.layers[i] if cache is not None else None
             last = writes_only and i == len(self.blocks) - 1
-            run = block if self._compiles(frames, cache) else block.forward
+            run = block if plan.recurs or self.training else block.forward  # only a call is compiled
             x = run(x, modulation, plan, layer, text[i] if text else None, time if i == 0 else None, last)
         if writes_only:
             assert cache is not None
-            self._commit(cache, frames)
+            cache.commit(frames)
             return latents.new_zeros(latents.shape[0], self.config.out_channels, 0, *latents.shape[3:])
         return self._unpatchify(self.final_layer(x[:, clean:], t[:, clean:]))
 
@@ -134,7 +134,8 @@ class CausalVideoTransformer(nn.Module):
             else [*range(start, start + noisy_frames)]
         )
         positions = torch.tensor([clock.position(f, start) for f in numbers])
-        return sequence_plan(self.config, clean_frames, noisy_frames, positions, self.device)
+        full = clean_frames == clock.context_frames
+        return sequence_plan(self.config, clean_frames, noisy_frames, positions, self.device, recurs=full)
 
     def text_keys_values(self, embedding: Tensor, mask: Tensor) -> list[TextKeysValues]:
         """Every block's keys and values of a caption, computed once a prompt.
@@ -149,6 +150,13 @@ class CausalVideoTransformer(nn.Module):
         attentions = [block.cross_attn for block in self._blocks if block.cross_attn is not None]
         return [attention.keys_values(caption, mask.to(self.device).bool()) for attention in attentions]
 
+    def unconditional_caption(self, batch: int) -> tuple[Tensor, Tensor] | None:
+        """The stored caption (B, M, text_channels) that stands for none, and its mask (B, M); None without text."""
+        if self.y_embedder is None:
+            return None
+        embedding = self.y_embedder.y_embedding.expand(batch, -1, -1)
+        return embedding, torch.ones(embedding.shape[:2], dtype=torch.bool, device=embedding.device)
+
     def _embed_timesteps(self, timestep: Tensor, clean: int, frames: int) -> Tensor:
         """(B,) -> (B, T, D): 0 for clean frames, the given timestep for noisy ones; once a frame, not a token."""
         batch = timestep.shape[0]
@@ -158,19 +166,6 @@ class CausalVideoTransformer(nn.Module):
         if frames > clean:
             parts.append(self.t_embedder(timestep)[:, None].expand(batch, frames - clean, -1))
         return torch.cat(parts, dim=1)
-
-    def _compiles(self, frames: int, cache: KVCache | None) -> bool:
-        """Whether this shape recurs, so that compiling it pays: whole chunks with a cache, full windows without one."""
-        chunk = self.config.chunk_frames
-        return self.training or frames == (chunk if cache is not None else self.config.context_frames + chunk)
-
-    def _commit(self, cache: KVCache, frames: int) -> None:
-        """Count the frames; rope sinks move along with the window, by a rotation of their keys."""
-        shift, sinks = cache.commit(frames), cache.clock.sink_frames
-        if shift:
-            cos, sin = (t.to(cache.device) for t in rope_angles(torch.tensor([shift]), self.config.head_size))
-            for layer in cache.layers:
-                layer.temporal_k[:, :, :sinks] = rotate(layer.temporal_k[:, :, :sinks], cos, sin)
 
     def _unpatchify(self, x: Tensor) -> Tensor:
         """(B, T, S, p*p*C) -> (B, C, T, h, w)."""

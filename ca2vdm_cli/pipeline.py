@@ -27,7 +27,7 @@ from .checkpoint import load_tensors, load_weights
 from .config import AutoencoderKind, Preset
 from .diffusion import NoiseProcess
 from .errors import UsageError, UserError
-from .generation import Caption, Context, LatentChunk, SeededNoise, Strategy, generate, make_context
+from .generation import Caption, Context, LatentChunk, SeededNoise, Strategy, generate, make_context, stored_caption
 from .model import CausalVideoTransformer
 from .plugins import choose_backend
 from .presets import DEFAULT_PRESET, PRESET_FILE, LoadedPreset, load_preset
@@ -53,6 +53,8 @@ class RunOptions(TypedDict, total=False):
     """``cached`` (the default) or ``recompute``."""
     context_frames: int | None
     """Window in frames; the preset's by default."""
+    caption: Caption | None
+    """Text embeddings, one row a video, for models with text; by default their stored unconditional caption."""
     on_step: Callable[[int, int], None] | None
     """Called with (chunk, steps done)."""
 
@@ -210,7 +212,7 @@ class Pipeline:
             options.get("sampler") or sampling.sampler, self.process, options.get("steps") or sampling.steps
         )
         videos = list(options.get("videos", (0,)))
-        caption = self.no_caption(len(videos))
+        caption = options.get("caption") or stored_caption(self.model, len(videos))
         context = make_context(
             self.model,
             Strategy(options.get("strategy", Strategy.CACHED)),
@@ -264,13 +266,6 @@ class Pipeline:
                 context.nbytes,
             )
             encode_seconds = 0.0
-
-    def no_caption(self, videos: int) -> Caption | None:
-        """Models with text are given the stored unconditional caption."""
-        if self.model.y_embedder is None:
-            return None
-        embedding = self.model.y_embedder.y_embedding.expand(videos, -1, -1)
-        return Caption(embedding, torch.ones(embedding.shape[:2], device=embedding.device))
 
     @torch.inference_mode()
     def encode(self, frames: Frames) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ DrawNoise = Callable[[int], Tensor]
 class Sampler(ABC):
     """Turns noise into latents in N steps. One object serves one chunk at a time; ``start`` begins a new one."""
 
-    timesteps: list[int]
-    """The N timesteps, noisiest first."""
+    timesteps: Sequence[float]
+    """The N timesteps, noisiest first; whole numbers but for some schedulers of diffusers."""
 
     def __init__(self, process: NoiseProcess, steps: int) -> None:
         if not 1 <= steps <= process.config.train_timesteps:
@@ -51,12 +51,13 @@ class Sampler(ABC):
         """
 
     def _split(self, index: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        return self.process.split(output[:, : x.shape[1]], x, torch.tensor([self.timesteps[index]]))
+        return self.process.split(output[:, : x.shape[1]], x, torch.tensor([int(self.timesteps[index])]))
 
 
 def evenly_respaced(train_timesteps: int, steps: int) -> list[int]:
-    """N timesteps spread evenly from 0 to the last, rounded, noisiest first (published)."""
-    return [round(i * (train_timesteps - 1) / max(1, steps - 1)) for i in reversed(range(steps))]
+    """N timesteps spread evenly from 0 to the last, rounded, noisiest first (published); the last alone if N is 1."""
+    last = train_timesteps - 1
+    return [round(i * last / (steps - 1)) for i in reversed(range(steps))] if steps > 1 else [last]
 
 
 class AncestralSampler(Sampler):
@@ -95,8 +96,24 @@ class DdimSampler(Sampler):
         latents, predicted_noise = self._split(index, x, output)
         if index == len(self.timesteps) - 1:
             return latents
-        alpha, sigma = self.process.alpha_sigma(torch.tensor([self.timesteps[index + 1]]), x.device)
+        alpha, sigma = self.process.alpha_sigma(torch.tensor([int(self.timesteps[index + 1])]), x.device)
         return alpha * latents + sigma * predicted_noise
+
+
+def evenly_in_log_snr(process: NoiseProcess, steps: int) -> list[int]:
+    """N timesteps spread evenly in half log SNR, noisiest first.
+
+    Few steps spread evenly in time would end in one long jump from mild noise to none, which loses fine variation. The
+    first timestep is the last of training, though noise beyond a half log SNR of -5 counts as -5.
+    """
+    kept = process.cumulative
+    half_log_snr = 0.5 * (kept.log() - (1 - kept).log())
+    goals = torch.linspace(max(-5.0, half_log_snr[-1].item()), half_log_snr[0].item(), steps, dtype=torch.float64)
+    timesteps = [len(kept) - 1]
+    for done, goal in enumerate(goals[1:].tolist(), start=1):
+        nearest = int((half_log_snr - goal).abs().argmin())
+        timesteps.append(max(min(nearest, timesteps[-1] - 1), steps - 1 - done))
+    return timesteps
 
 
 class DpmSolverSampler(Sampler):
@@ -104,8 +121,7 @@ class DpmSolverSampler(Sampler):
 
     def __init__(self, process: NoiseProcess, steps: int) -> None:
         super().__init__(process, steps)
-        last = process.config.train_timesteps
-        self.timesteps = [round(last * (steps - i) / steps) - 1 for i in range(steps)]
+        self.timesteps = evenly_in_log_snr(process, steps)
         kept = process.cumulative[self.timesteps]
         self._alpha = [*kept.sqrt().tolist(), 1.0]
         self._sigma = [*(1 - kept).sqrt().tolist(), 0.0]
@@ -142,22 +158,27 @@ class DiffusersSampler(Sampler):
                 f"sampler: {name!r} is none of {', '.join(SAMPLERS)}; more with pip install 'ca2vdm[latent]'"
             ) from None
         kind = getattr(diffusers, name, None)
-        if not (isinstance(kind, type) and hasattr(kind, "set_timesteps") and hasattr(kind, "from_config")):
-            raise UsageError(f"sampler: {name!r} is none of {', '.join(SAMPLERS)}, nor a scheduler class of diffusers")
+        if name in _OTHER_PROCESSES or "trained_betas" not in _parameters(kind):
+            raise UsageError(
+                f"sampler: {name!r} is none of {', '.join(SAMPLERS)}, nor a scheduler of diffusers for this noise "
+                "process (such as UniPCMultistepScheduler)"
+            )
         kept = process.cumulative
         betas = 1 - kept / torch.cat([torch.ones(1, dtype=kept.dtype), kept[:-1]])
-        prediction = {"epsilon": "epsilon", "v": "v_prediction"}[process.config.prediction.value]
-        self._scheduler = kind.from_config(
-            {
-                "num_train_timesteps": len(kept),
-                "trained_betas": betas.tolist(),
-                "prediction_type": prediction,
-                "clip_sample": False,
-            }
-        )
+        settings = {
+            "num_train_timesteps": len(kept),
+            "trained_betas": betas.tolist(),
+            "prediction_type": {"epsilon": "epsilon", "v": "v_prediction"}[process.config.prediction.value],
+            "clip_sample": False,
+        }
+        try:
+            self._scheduler = kind.from_config(settings)  # type: ignore[union-attr]
+            self._scheduler.set_timesteps(steps)
+        except Exception as error:  # whatever a third party's constructor raises
+            raise UsageError(f"sampler: {name} can't be used here ({str(error).splitlines()[0]})") from error
         self._steps = steps
-        self._scheduler.set_timesteps(steps)
-        self.timesteps = [int(t) for t in self._scheduler.timesteps]
+        self._random = "generator" in _parameters(self._scheduler.step)
+        self.timesteps = [float(t) for t in self._scheduler.timesteps]
 
     def start(self, x: Tensor) -> Tensor:
         self._scheduler.set_timesteps(self._steps, device=x.device)  # forgets the last chunk
@@ -169,13 +190,24 @@ class DiffusersSampler(Sampler):
 
     def step(self, index: int, x: Tensor, output: Tensor, noise: DrawNoise) -> Tensor:
         arguments = {}
-        if "generator" in inspect.signature(self._scheduler.step).parameters:
-            seed = int(noise(index).flatten()[0].double().mul(2**40).long().abs())
-            arguments["generator"] = torch.Generator(x.device).manual_seed(seed)
+        if self._random:  # a generator for each video, seeded by that video's own noise
+            seeds = noise(index).flatten(1)[:, 0].double().mul(2**40).long().abs().tolist()
+            arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         out: Tensor = self._scheduler.step(
             output[:, : x.shape[1]], self._scheduler.timesteps[index], x, return_dict=False, **arguments
         )[0]
         return out
+
+
+_OTHER_PROCESSES = frozenset({"IPNDMScheduler", "UnCLIPScheduler", "DDIMInverseScheduler"})
+"""Schedulers of diffusers that take betas and then sample something else."""
+
+
+def _parameters(function: object) -> Container[str]:
+    try:
+        return inspect.signature(function).parameters  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return ()
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -121,6 +124,7 @@ class Trainer:
             timestep_shift=training.timestep_shift,
             variance_weight=training.variance_weight,
             generator=generator,
+            text=self.model.unconditional_caption(training.batch_size),
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -179,6 +183,10 @@ class Trainer:
         """Go on from what ``save`` wrote."""
         path = folder / STATE_FILE
         tensors, metadata = load_tensors(path)
+        try:
+            step, seed = int(metadata["step"]), int(metadata["seed"])
+        except (KeyError, ValueError):
+            raise UserError(f"{path}: its metadata has no step and seed; not a training state") from None
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
         for key, value in tensors.items():
             part, _, name = key.partition(".")
@@ -190,29 +198,47 @@ class Trainer:
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in parts["optimizer"].items():
             index, _, name = key.partition(".")
+            if not index.isdecimal():
+                raise UserError(f"{path}: unknown tensor optimizer.{key}; not a training state")
             moments.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        try:
-            self.step, self.seed = int(metadata["step"]), int(metadata["seed"])
-        except (KeyError, ValueError):
-            raise UserError(f"{path}: its metadata has no step and seed; not a training state") from None
+        self.step, self.seed = step, seed
 
 
 def train(trainer: Trainer, folder: Path, on_step: Callable[[StepReport], None]) -> None:
-    """Train to the last step, saving every ``training.checkpoint_every`` steps, at the end, and when interrupted."""
+    """Train to the last step, saving every ``training.checkpoint_every`` steps, at the end, and when interrupted.
+
+    A step that fails (a gradient that is not finite) saves nothing: the last checkpoint is what to go on from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     every = trainer.preset.training.checkpoint_every
-    with (folder / METRICS_FILE).open("a", encoding="utf-8") as log:
-        try:
-            while trainer.step < trainer.steps:
-                report = trainer.train_step()
-                log.write(json.dumps(asdict(report)) + "\n")
-                log.flush()
-                on_step(report)
-                if trainer.step % every == 0 and trainer.step < trainer.steps:
-                    trainer.save(folder)
-        finally:
-            trainer.save(folder)
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as log, _interrupts_between_steps() as interrupted:
+        while trainer.step < trainer.steps and not interrupted():
+            report = trainer.train_step()
+            log.write(json.dumps(asdict(report)) + "\n")
+            log.flush()
+            on_step(report)
+            if trainer.step % every == 0 and trainer.step < trainer.steps:
+                trainer.save(folder)
+        trainer.save(folder)
+        if interrupted():
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupts_between_steps() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is the state after a whole one."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def write_preset(preset: Preset, folder: Path) -> None:

@@ -37,7 +37,7 @@ class Answering(nn.Module):
 
     def context_plan(self, clean: int, noisy: int, start: int, clock: FrameClock) -> FramePlan:
         positions = torch.tensor([clock.position(f, start) for f in range(start - clean, start + noisy)])
-        return FramePlan(clean, positions, torch.ones(clean + noisy, clean + noisy, dtype=torch.bool))
+        return FramePlan(clean, False, positions, torch.ones(clean + noisy, clean + noisy, dtype=torch.bool))
 
     def forward(self, inputs: Tensor, timestep: Tensor, plan: FramePlan, text: object = None) -> Tensor:
         self.inputs, self.timestep, self.plan = inputs, timestep, plan

@@ -328,7 +328,7 @@ def test_impossible_windows_are_refused(make_config: MakeConfig) -> None:
         FrameClock(make_config(), context_frames=7)
     with pytest.raises(UsageError, match="context frames: 0 must be at least 1"):
         FrameClock(make_config(), context_frames=0)
-    with pytest.raises(UsageError, match="sink frames: 5 must leave a chunk of 2 frames free in a window of 6"):
+    with pytest.raises(UsageError, match="context frames: 6 must leave room, beside 5 sink frames"):
         FrameClock(make_config(), sink_frames=5)
     FrameClock(make_config(temporal_positions="rope"), context_frames=60)
 
