@@ -228,7 +228,7 @@ def bench(
     preset: Annotated[str, typer.Option(help="A preset's name, file or folder.")] = "bench-small",
     checkpoint: CheckpointOption = None,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Length in frames. Default: four chunks past the window.")
+        int | None, typer.Option(min=1, help="Length in frames. Default: two chunks past the window.")
     ] = None,
     steps: StepsOption = None,
     sampler: SamplerOption = None,

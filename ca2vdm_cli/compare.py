@@ -74,10 +74,9 @@ class SideBySide:
             solver = make_sampler(sampler or config.sampling.sampler, pipeline.process, steps or config.sampling.steps)
             noise = SeededNoise(seed, [0], shape, model.device)
             self.contexts[strategy] = context
-            # two chunks more than asked for: one on which memory is measured, and a last one, never made, so that all
-            # others are followed by a cache write
+            # one chunk more than asked for, on which memory is measured
             self._runs[strategy] = generate(
-                context, pipeline.process, solver, noise, chunks + 2, given=given, caption=stored_caption(model, 1)
+                context, pipeline.process, solver, noise, chunks + 1, given=given, caption=stored_caption(model, 1)
             )
 
     def __iter__(self) -> Iterator[ChunkComparison]:

@@ -218,10 +218,10 @@ class LatentChunk:
     """Number of its first frame, the given context included."""
     latents: Tensor
     """(B, C, L, h, w) float32."""
+    write_seconds: float
+    """Time to make the frames before it context: the previous chunk's cache write, or that of the given frames."""
     denoise_seconds: float
     """Time of the N denoising steps."""
-    write_seconds: float
-    """Time to make the frames context of the next chunk; 0 for the last chunk, which has none."""
 
 
 def make_context(
@@ -258,7 +258,7 @@ def generate(
     caption: Caption | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[LatentChunk]:
-    """Generate chunk after chunk; each is yielded as soon as it is denoised.
+    """Generate chunk after chunk; each is yielded as soon as it is denoised, before it is written to the cache.
 
     Args:
         context: an empty context (see ``make_context``).
@@ -279,13 +279,16 @@ def generate(
     def both(x: Tensor) -> Tensor:
         return torch.cat([x, x]) if guided else x
 
-    if given is not None and given.shape[2]:
-        noise.chunk(-1)
-        context.append(both(noise.perturb(process, given)))
+    noise.chunk(-1)
+    finished = both(noise.perturb(process, given)) if given is not None else None  # not in the context yet
     for index in range(chunks):
-        noise.chunk(index)
         synchronize(model.device)
         began = time.perf_counter()
+        if finished is not None:
+            context.append(finished)
+        synchronize(model.device)
+        written = time.perf_counter()
+        noise.chunk(index)
         first_frame = context.frames
         x = sampler.start(noise.initial())
         context.open_chunk()
@@ -300,11 +303,8 @@ def generate(
                 on_step(index, i + 1)
         synchronize(model.device)
         denoised = time.perf_counter()
-        if index + 1 < chunks:
-            context.append(both(noise.perturb(process, x)))
-            synchronize(model.device)
-        written = time.perf_counter()
-        yield LatentChunk(index, first_frame, x, denoised - began, written - denoised)
+        finished = both(noise.perturb(process, x))
+        yield LatentChunk(index, first_frame, x, written - began, denoised - written)
 
 
 def stored_caption(model: CausalVideoTransformer, videos: int) -> Caption | None:

@@ -69,7 +69,7 @@ class VideoChunk:
     """(B, T, H, W, channels) uint8."""
     denoise_seconds: float
     write_seconds: float
-    """Time to make the frames context of the next chunk."""
+    """Time to make the frames before it context (the cache write)."""
     decode_seconds: float
     encode_seconds: float
     """Time to encode the given frames; 0 but for the first chunk."""

@@ -39,7 +39,7 @@ def run(
     )
     model = pipeline.config.model
     window = context_frames or model.context_frames
-    chunks = -(-(frames or window + 4 * model.chunk_frames) // model.chunk_frames)
+    chunks = -(-(frames or window + 2 * model.chunk_frames) // model.chunk_frames)
     frames = chunks * model.chunk_frames
     with ProgressBar("benchmark", chunks, frames, quiet=quiet) as bar:
         report = run_bench(
