@@ -20,8 +20,8 @@ from ca2vdm_cli.hookspecs import hookimpl
 class CompileBackend(SdpaBackend):
     """Regional compilation with static shapes.
 
-    Denoising a chunk and writing it to the cache are the only shapes that repeat, so nothing is compiled after the
-    first chunk, and nothing when the ring of the cache wraps: slots and masks are tensors, not numbers.
+    Denoising a chunk and writing it to the cache are the only shapes that repeat, so nothing is compiled once the first
+    chunk is in the cache, and nothing when the ring of the cache wraps: slots and masks are tensors, not numbers.
     """
 
     name = "compile"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from .config import Preset, Schedule
 from .data import ClipSource, batch
 from .diffusion import NoiseProcess, training_loss
 from .errors import UserError
+from .interrupts import held_interrupts
 from .model import CausalVideoTransformer
 from .presets import PRESET_FILE, dump_preset
 
@@ -212,7 +210,7 @@ def train(trainer: Trainer, folder: Path, on_step: Callable[[StepReport], None])
     """
     folder.mkdir(parents=True, exist_ok=True)
     every = trainer.preset.training.checkpoint_every
-    with (folder / METRICS_FILE).open("a", encoding="utf-8") as log, _interrupts_between_steps() as interrupted:
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as log, held_interrupts() as interrupted:
         while trainer.step < trainer.steps and not interrupted():
             report = trainer.train_step()
             log.write(json.dumps(asdict(report)) + "\n")
@@ -221,24 +219,6 @@ def train(trainer: Trainer, folder: Path, on_step: Callable[[StepReport], None])
             if trainer.step % every == 0 and trainer.step < trainer.steps:
                 trainer.save(folder)
         trainer.save(folder)
-        if interrupted():
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def _interrupts_between_steps() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is the state after a whole one."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def write_preset(preset: Preset, folder: Path) -> None:

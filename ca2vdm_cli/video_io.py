@@ -397,10 +397,11 @@ class VideoWriter:
     Attributes:
         name: what to call it in messages.
         frames: how many frames were written.
+        is_pipe: whether that is standard output.
     """
 
     def __init__(self, name: str, kind: OutputFormat, fps: Fraction, path: Path | None):
-        self.name, self.frames = name, 0
+        self.name, self.frames, self.is_pipe = name, 0, path is None
         self._kind, self._fps, self._target, self._path = kind, fps, path, path
         if path and path.is_file():
             self._path = path.with_name(f".{path.name}.{os.getpid()}.part")

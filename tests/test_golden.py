@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ca2vdm_cli.generation import SeededNoise, Strategy, generate, make_context
+from ca2vdm_cli.generation import CachedContext, SeededNoise, generate
+from ca2vdm_cli.kv_cache import KVCache
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.recorded import RecordedRun
 from ca2vdm_cli.sampler import DdimSampler
@@ -98,17 +99,29 @@ def test_traced_float32(name: str) -> None:
 
 @compiles
 @pytest.mark.usefixtures("traced")
+def test_traced_bfloat16() -> None:
+    found = differences("cyclic_prev2", "compile", WINDOWS, torch.bfloat16)
+    assert max(found.values()) < BFLOAT16, found
+
+
+@compiles
+@pytest.mark.usefixtures("traced")
 def test_nothing_is_compiled_after_the_first_chunk() -> None:
     """Nor when the window slides and the ring wraps, nor for another video, nor when that begins from nothing."""
     run = RecordedRun(GOLDEN / "cyclic_prev2.safetensors")
     model, config = run.model(backends()["compile"], CPU, torch.float32), run.config
     shape = (config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
 
-    def video(given: Tensor | None, videos: int = 2) -> None:
-        context, noise = make_context(model, Strategy.CACHED, videos), SeededNoise(0, list(range(videos)), shape, CPU)
-        for chunk in generate(context, run.process, DdimSampler(run.process, 2), noise, 8, given=given):
-            if chunk.index == 0:
+    class Watched(CachedContext):
+        def append(self, latents: Tensor) -> None:
+            super().append(latents)
+            if latents.shape[2] == config.chunk_frames:
                 torch.compiler.set_stance("fail_on_recompile")
+
+    def video(given: Tensor | None, videos: int = 2) -> None:
+        context, noise = Watched(model, KVCache(config, videos)), SeededNoise(0, list(range(videos)), shape, CPU)
+        for _ in generate(context, run.process, DdimSampler(run.process, 2), noise, 8, given=given):
+            pass
         assert context.frames > 2 * context.clock.slots
 
     try:

@@ -20,12 +20,13 @@ METHOD = CONFIG | {"attention", "frame_plan", "kv_cache", "layers", "model", "di
 VIDEO = CONFIG | {"video_io", "data"}
 WEIGHTS = PRESETS | METHOD | {"runtime", "plugins", "autoencoder", "checkpoint"}
 PIPELINE = WEIGHTS | VIDEO | {"pipeline"}
-COMMANDS = PIPELINE | {"__init__", "recorded", "trainer", "compare", "bench", "verify", "terminal"}
+COMMANDS = PIPELINE | {"__init__", "interrupts", "recorded", "trainer", "compare", "bench", "verify", "terminal"}
 
 # A module of ca2vdm_cli (a subpackage counts as one) and which others it may import.
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),  # the API is imported when it is used
     "errors": set(),
+    "interrupts": set(),
     "config": {"errors"},
     "presets": CONFIG,
     "hookspecs": set(),
@@ -44,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": WEIGHTS - {"checkpoint", "plugins", "sampler"},
     "recorded": METHOD | {"checkpoint"},
     "pipeline": WEIGHTS | VIDEO,
-    "trainer": PIPELINE,
+    "trainer": PIPELINE | {"interrupts"},
     "compare": PIPELINE,
     "verify": PIPELINE | {"compare"},
     "bench": PIPELINE | {"compare", "verify"},

@@ -16,6 +16,9 @@ from ca2vdm_cli.__main__ import main
 from ca2vdm_cli.video_io import Frame, open_reader
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "ca2vdm_cli"]
+BEGIN = "import sys; from ca2vdm_cli.__main__ import main; print('main', flush=True); sys.exit(main())"
+ANNOUNCING = [sys.executable, "-W", "error", "-c", BEGIN]
+"""The same program, which says when it has begun."""
 RUN = ["--device", "cpu", "--backend", "eager"]
 ENDLESS = ["--frames", "1000000"]
 FRAME = len(b"FRAME\n") + 32 * 32 * 3 // 2  # of y4m
@@ -36,9 +39,11 @@ def start(tmp_path: Path) -> Iterator[Any]:
     """``start(*arguments, stdin=...)``: a command that runs in an empty folder with pipes for its output."""
     running: list[subprocess.Popen[bytes]] = []
 
-    def start(*arguments: str, stdin: IO[bytes] | int | None = None) -> subprocess.Popen[bytes]:
+    def start(
+        *arguments: str, stdin: IO[bytes] | int | None = None, program: list[str] = PROGRAM
+    ) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
-        child = subprocess.Popen([*PROGRAM, *arguments], stdin=stdin, stdout=pipe, stderr=pipe, cwd=tmp_path)
+        child = subprocess.Popen([*program, *arguments], stdin=stdin, stdout=pipe, stderr=pipe, cwd=tmp_path)
         running.append(child)
         return child
 
@@ -110,10 +115,13 @@ def test_interrupting_a_pipe_of_commands(start: Any, generate: list[str], tmp_pa
     assert load(tmp_path / "out.mkv")
 
 
-def test_interrupted_sample_leaves_a_playable_file(start: Any, generate: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_sample_leaves_a_playable_file(
+    number: signal.Signals, start: Any, generate: list[str], tmp_path: Path
+) -> None:
     sample = start("sample", *generate, *ENDLESS, "-o", "out.mp4")
     wait_for(tmp_path / "out.mp4")
-    sample.send_signal(signal.SIGINT)
+    sample.send_signal(number)
     out, text = sample.communicate(timeout=PATIENCE)
     assert sample.returncode == 130
     assert out == b""
@@ -123,8 +131,9 @@ def test_interrupted_sample_leaves_a_playable_file(start: Any, generate: list[st
 
 
 def test_interrupted_before_anything_was_made(start: Any, generate: list[str], tmp_path: Path) -> None:
-    sample = start("sample", *generate, *ENDLESS, "-o", "out.mp4")
-    time.sleep(0.7)
+    sample = start("sample", *generate, *ENDLESS, "-o", "out.mp4", program=ANNOUNCING)
+    assert sample.stdout.readline() == b"main\n"
+    time.sleep(0.1)
     sample.send_signal(signal.SIGINT)
     assert sample.wait(PATIENCE) == 130
     assert b"Traceback" not in sample.stderr.read()

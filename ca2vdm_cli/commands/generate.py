@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import STARTED
 from ..errors import UsageError
+from ..interrupts import held_interrupts
 from ..pipeline import Frames, Pipeline, RunOptions, VideoChunk
 from ..runtime import peak_memory
 from ..terminal import ProgressBar, note, print_json, print_run_report, status
@@ -238,8 +239,10 @@ def _write(chunk: VideoChunk, writers: list[VideoWriter], shown: Through, tally:
     video: Frames
     for writer, video in zip(writers, chunk.frames, strict=True):
         for frame in video:
-            writer.write(shown(frame))
-            tally.frames += 1
+            # not between a frame and its count; but a pipe may block for as long as nobody reads it
+            with nullcontext() if writer.is_pipe else held_interrupts():
+                writer.write(shown(frame))
+                tally.frames += 1
     tally.add(chunk, time.perf_counter() - began)
 
 

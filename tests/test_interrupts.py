@@ -1,0 +1,64 @@
+"""Ctrl-C and SIGTERM at a moment that suits."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from ca2vdm_cli.interrupts import held_interrupts
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_the_end_of_the_block(number: signal.Signals) -> None:
+    seen = []
+
+    def work() -> None:
+        with held_interrupts() as interrupted:
+            seen.append(interrupted())
+            signal.raise_signal(number)
+            seen.append(interrupted())
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert seen == [False, True]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    seen = []
+
+    def work() -> None:
+        with held_interrupts():
+            for _ in range(3):
+                seen.append(True)
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert len(seen) == 2
+
+
+def test_an_error_is_not_hidden_by_an_interrupt() -> None:
+    def work() -> None:
+        with held_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+
+
+def test_threads_get_no_interrupts() -> None:
+    seen = []
+
+    def work() -> None:
+        with held_interrupts() as interrupted:
+            seen.append(interrupted())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
