@@ -285,6 +285,8 @@ class SyntheticDataConfig:
     """Digits in a frame."""
     images_per_class: Count = 10
     """How many handwritten images of each class are used, of those shipped with the package."""
+    digit_size: Count = 28
+    """Side of a digit's image in pixels; the strokes' width grows with it."""
     min_speed: Annotated[float, Field(gt=0)] = 1.5
     """Slowest speed in pixels per frame."""
     max_speed: Annotated[float, Field(gt=0)] = 4.0

@@ -23,7 +23,7 @@ from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.video_io import Aspect, Geometry, open_reader, to_channels
 
 TILE = 28
-"""Side of a digit image in pixels."""
+"""Side of a shipped digit image in pixels."""
 VIDEO_SUFFIXES = frozenset(
     (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv", ".y4m")
 )
@@ -41,7 +41,10 @@ class ClipSource(Protocol):
         """Clip number ``index``: (T, C, H, W) float32 in [-1, 1] with T = ``frames``."""
 
     def crop(self, index: int, side: int) -> Tensor:
-        """Picture number ``index`` to train an autoencoder on: (C, side, side) float32 in [-1, 1]."""
+        """Picture number ``index`` to train an autoencoder on: a random square of a frame, (C, side, side) in [-1, 1].
+
+        The square is smaller where the frame is.
+        """
 
 
 def batch(source: ClipSource, index: int, size: int, frames: int) -> Tensor:
@@ -69,29 +72,21 @@ class MovingDigits:
     """
 
     def __init__(self, config: SyntheticDataConfig, video: VideoConfig, seed: int) -> None:
-        if min(video.height, video.width) < TILE:
-            raise UsageError(f"video: {video.height}x{video.width} is too small for digits of {TILE}x{TILE} pixels")
+        size = config.digit_size
+        if min(video.height, video.width) < size:
+            raise UsageError(f"video: {video.height}x{video.width} is too small for digits of {size}x{size} pixels")
         self.config, self.video, self.seed = config, video, seed
-        images = np.pad(digit_images(config.images_per_class), ((0, 0), (1, 1), (1, 1)))
-        # The four whole-pixel shifts that bilinear interpolation mixes: (images, 4, 29 · 29)
+        images = np.stack([_resize(image, size) for image in digit_images(config.images_per_class)])
+        images = np.pad(images, ((0, 0), (1, 1), (1, 1)))
+        # The four whole-pixel shifts that bilinear interpolation mixes: (images, 4, (size + 1)²)
         corners = (images[:, 1:, 1:], images[:, 1:, :-1], images[:, :-1, 1:], images[:, :-1, :-1])
         self._corners = np.stack([corner.reshape(len(images), -1) for corner in corners], axis=1)
 
     def clip(self, index: int, frames: int) -> Tensor:
         """Clip number ``index``: (T, C, H, W) float32 in [-1, 1]."""
-        return self._render(index, frames, self.video.height, self.video.width)
-
-    def crop(self, index: int, side: int) -> Tensor:
-        """Picture number ``index``: digits in a small frame of their own, (C, side, side) float32 in [-1, 1].
-
-        ``side`` is at least 28, the size of a digit's image.
-        """
-        side = max(side, TILE)
-        return self._render(index, 1, side, side)[0]
-
-    def _render(self, index: int, frames: int, height: int, width: int) -> Tensor:
         draw = np.random.default_rng((self.seed, index))
-        room = np.array([height - TILE, width - TILE])
+        height, width, size = self.video.height, self.video.width, self.config.digit_size
+        room = np.array([height - size, width - size])
         canvas = np.zeros((frames, height + 1, width + 1), np.float32)  # one spare row and column: their weight is 0
         for _ in range(self.config.digits):
             corners = self._corners[draw.integers(len(self._corners))]
@@ -102,12 +97,32 @@ class MovingDigits:
             corner = path.astype(int)
             (y, x) = (path - corner).T
             weights = np.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], axis=1).astype(np.float32)
-            tiles = (weights @ corners).reshape(frames, TILE + 1, TILE + 1)
+            tiles = (weights @ corners).reshape(frames, size + 1, size + 1)
             for frame, (top, left), tile in zip(canvas, corner, tiles, strict=True):
-                place = frame[top : top + TILE + 1, left : left + TILE + 1]
+                place = frame[top : top + size + 1, left : left + size + 1]
                 np.maximum(place, tile, out=place)
         pixels = torch.from_numpy(canvas[:, None, :height, :width] * 2 - 1)
         return pixels.expand(-1, self.video.channels, -1, -1)
+
+    def crop(self, index: int, side: int) -> Tensor:
+        """Picture number ``index``: a random square of a frame, (C, side, side) float32 in [-1, 1]."""
+        frame = self.clip(index, 1)[0]
+        rows, columns = _window(np.random.default_rng((self.seed, index, side)), side, self.video)
+        return frame[:, rows, columns]
+
+
+def _resize(image: np.ndarray, side: int) -> np.ndarray:
+    """(28, 28) in [0, 1] -> (side, side) in [0, 1]."""
+    if side == TILE:
+        return image
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC if side > TILE else cv2.INTER_AREA).clip(0, 1)
+
+
+def _window(draw: np.random.Generator, side: int, video: VideoConfig) -> tuple[slice, slice]:
+    """A random square of a frame, rows and columns; it is smaller where the frame is."""
+    height, width = min(side, video.height), min(side, video.width)
+    top, left = draw.integers(video.height - height + 1), draw.integers(video.width - width + 1)
+    return slice(top, top + height), slice(left, left + width)
 
 
 class VideoFolder:
@@ -153,15 +168,10 @@ class VideoFolder:
         return _to_tensor(pixels)
 
     def crop(self, index: int, side: int) -> Tensor:
-        """Picture number ``index``: a random square of a random frame, (C, side, side) float32 in [-1, 1].
-
-        The square is smaller where the frame is.
-        """
+        """Picture number ``index``: a random square of a random frame, (C, side, side) float32 in [-1, 1]."""
         pixels, draw = self._draw(index, 1)
-        height, width = min(side, self.video.height), min(side, self.video.width)
-        top = draw.integers(self.video.height - height + 1)
-        left = draw.integers(self.video.width - width + 1)
-        return _to_tensor(pixels[:, top : top + height, left : left + width])[0]
+        rows, columns = _window(draw, side, self.video)
+        return _to_tensor(pixels[:, rows, columns])[0]
 
     def _draw(self, index: int, frames: int) -> tuple[np.ndarray, np.random.Generator]:
         """Draw videos until one is usable, then a piece of it: (T, H, W, C) uint8. Also the generator, to draw on."""

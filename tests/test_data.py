@@ -75,12 +75,28 @@ def test_digits_in_colour_and_as_large_as_the_frame() -> None:
         MovingDigits(SyntheticDataConfig(), VideoConfig(height=16, width=64), seed=0)
 
 
-def test_crops_of_digits_hold_a_whole_digit() -> None:
-    source = MovingDigits(SyntheticDataConfig(), GRAY, seed=0)
-    crops = torch.stack([source.crop(i, 40) for i in range(8)])
-    assert crops.shape == (8, 1, 40, 40)
-    assert ((crops > 0).sum((1, 2, 3)) > 20).all()
-    assert torch.equal(source.crop(3, 40), crops[3])
+@pytest.mark.parametrize("size", [20, 42])
+def test_size_of_digits(size: int) -> None:
+    ink = (MovingDigits(SyntheticDataConfig(digit_size=size), GRAY, seed=0).clip(0, 1)[0, 0] + 1) / 2
+    same = (MovingDigits(SyntheticDataConfig(), GRAY, seed=0).clip(0, 1)[0, 0] + 1) / 2
+    assert (ink.sum() / same.sum()).item() == pytest.approx((size / TILE) ** 2, rel=0.05)
+    assert ink.min() >= 0 and ink.max() <= 1
+    with pytest.raises(UsageError, match="too small for digits of 65x65 pixels"):
+        MovingDigits(SyntheticDataConfig(digit_size=65), GRAY, seed=0)
+
+
+@pytest.mark.parametrize("size", [28, 42])
+def test_crops_of_digits_are_places_in_a_frame(size: int) -> None:
+    source = MovingDigits(SyntheticDataConfig(digit_size=size), GRAY, seed=0)
+    offsets = set()
+    for index in range(8):
+        crop, frame = source.crop(index, 40), source.clip(index, 1)[0]
+        assert crop.shape == (1, 40, 40)
+        places = frame.unfold(1, 40, 1).unfold(2, 40, 1)  # (1, 25, 25, 40, 40)
+        offsets |= {tuple(place) for place in (places == crop).all((0, 3, 4)).nonzero().tolist()[:1]}
+    assert len(offsets) > 4
+    assert torch.equal(source.crop(7, 40), crop)
+    assert source.crop(0, 80).shape == (1, 64, 64)
 
 
 def test_clips_of_a_nested_folder_are_consecutive_frames_of_one_video(tmp_path: Path) -> None:
