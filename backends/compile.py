@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -29,8 +30,9 @@ class CompileBackend(SdpaBackend):
     priority = 5  # below sdpa: a short run does not win back the time it takes to compile
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-            return "no C++ compiler found (install g++ or set CXX)"
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as PyTorch chooses it
+        if device.type == "cpu" and not shutil.which(compiler):
+            return f"no C++ compiler found (install {compiler} or set CXX)"
         if device.type == "cpu" and not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
             return "no Python headers found (install your system's python3-dev package)"
         if device.type == "cuda" and find_spec("triton") is None:

@@ -225,7 +225,9 @@ def train(
 @app.command()
 def bench(
     compare: Annotated[Opponent, typer.Option(help="What to compare the cache with.")] = Opponent.recompute,
-    preset: Annotated[str, typer.Option(help="A preset's name, file or folder.")] = "bench-small",
+    preset: Annotated[
+        str | None, typer.Option(help="A preset's name, file or folder. Default: bench-small.", show_default=False)
+    ] = None,
     checkpoint: CheckpointOption = None,
     frames: Annotated[
         int | None, typer.Option(min=1, help="Length in frames. Default: two chunks past the window.")
@@ -245,7 +247,7 @@ def bench(
     from .commands.bench import run
 
     run(
-        preset,
+        preset or ("bench-small" if checkpoint is None else None),
         checkpoint,
         frames,
         steps,

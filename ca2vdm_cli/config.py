@@ -320,7 +320,8 @@ class TrainingConfig:
     ema_decay: Share = 0.9999
     """Decay of the exponential moving average of the weights."""
     prefix_lengths: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Prefix lengths that each step draws one from (0 is the empty context); by default 1, 1+l, 1+2l, … (published)."""
+    """Prefix lengths that each step draws one from; by default 1, 1+l, 1+2l, … (published), and 0, the empty context,
+    with ``diffusion.unconditional_start``."""
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1, noisier timesteps are drawn more often (Esser et al. 2024); 1 draws all alike (published)."""
     variance_weight: Annotated[float, Field(ge=0)] = 1e-3
@@ -374,7 +375,13 @@ class Preset:
                     )
         if self.synthetic_data is not None and self.video is None:
             raise ValueError("synthetic_data: needs a video section")
-        for prefix in self.training.prefix_lengths or ():
+        prefixes = self.training.prefix_lengths or ()
+        if prefixes and 0 not in prefixes and self.diffusion.unconditional_start:
+            raise ValueError(
+                f"training.prefix_lengths: {list(prefixes)} must have 0, the empty context, when "
+                "diffusion.unconditional_start is true"
+            )
+        for prefix in prefixes:
             if prefix > self.model.context_frames:
                 raise ValueError(
                     f"training.prefix_lengths: {prefix} must be at most model.context_frames = "

@@ -111,11 +111,12 @@ def training_loss(
     x = process.add_noise(target_latents, noise, timestep)
 
     clock = FrameClock(config, sink_frames=0)
-    plan = model.context_plan(prefix, chunk, prefix, clock)
-    if (
-        prefix + chunk == clock.slots and config.temporal_positions is TemporalPositions.CYCLIC
-    ):  # full clips start anywhere
-        offset = torch.randint(clock.table, (batch, 1), generator=generator).to(clip.device)
+    plan = model.context_plan(chunk, prefix, clock)
+    if prefix + chunk == clock.slots and config.temporal_positions is not TemporalPositions.ROPE:
+        # full clips start anywhere: in a table that wraps at every entry, in one that does not where they still fit
+        cyclic = config.temporal_positions is TemporalPositions.CYCLIC
+        starts = clock.table if cyclic else clock.table - clock.slots + 1
+        offset = torch.randint(starts, (batch, 1), generator=generator).to(clip.device)
         plan = replace(plan, positions=(plan.positions + offset) % clock.table)
     keys_values = model.text_keys_values(*text) if text is not None else []
 

@@ -58,7 +58,7 @@ class FrameClock:
         self.context_frames = config.context_frames if context_frames is None else context_frames
         self.sink_frames = config.sink_frames if sink_frames is None else sink_frames
         self.slots = self.context_frames + config.chunk_frames
-        self.table = config.table_length
+        self.chunk_frames, self.table = config.chunk_frames, config.table_length
         largest = self.table - config.chunk_frames
         if self.kind is TemporalPositions.CYCLIC and self.context_frames > largest:
             raise UsageError(
@@ -98,16 +98,25 @@ class FrameClock:
         Raises:
             UsageError: the video has outgrown a table that does not wrap.
         """
+        self.check_length(frame + 1)
         if self.kind is TemporalPositions.ROPE:
             return frame + (self.sink_shift(start) if frame < self.sink_frames else 0)
         if self.kind is TemporalPositions.CYCLIC:
             return self._wrap(frame, self.table)
-        if frame >= self.table:
-            raise UsageError(
-                f"frames: absolute positions end at frame {self.table}; ask for fewer frames or use a model with "
-                "cyclic or rope positions"
-            )
         return frame
+
+    @property
+    def longest(self) -> int | None:
+        """The most frames that a video can have; None where positions wrap or rotate."""
+        return self.table if self.kind is TemporalPositions.ABSOLUTE else None
+
+    def check_length(self, frames: int) -> None:
+        """Raises ``UsageError`` where a video of so many frames, the last chunk whole, outgrows a table."""
+        if self.longest is not None and frames > self.longest:
+            raise UsageError(
+                f"frames: this model's absolute positions end after {self.longest} frames, made in whole chunks of "
+                f"{self.chunk_frames}; ask for fewer, or use a model with cyclic or rope positions"
+            )
 
     def context(self, start: int) -> list[int]:
         """The clean frames that a chunk beginning at frame ``start`` sees, oldest first."""

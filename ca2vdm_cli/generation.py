@@ -96,12 +96,13 @@ class Strategy(str, Enum):
 class Context(ABC):
     """The finished frames of a run, as a denoising step sees them. Both kinds share everything else."""
 
+    model: CausalVideoTransformer
     clock: FrameClock
     """Where frames sit in time."""
 
-    def __init__(self, model: CausalVideoTransformer) -> None:
-        self.model = model
-        self.text: list[TextKeysValues] = []
+    @abstractmethod
+    def set_text(self, text: list[TextKeysValues]) -> None:
+        """The caption, as every block's keys and values; the same for all chunks."""
 
     @property
     @abstractmethod
@@ -130,8 +131,10 @@ class CachedContext(Context):
     """The cache queue."""
 
     def __init__(self, model: CausalVideoTransformer, cache: KVCache) -> None:
-        super().__init__(model)
-        self.cache, self.clock = cache, cache.clock
+        self.model, self.cache, self.clock = model, cache, cache.clock
+
+    def set_text(self, text: list[TextKeysValues]) -> None:
+        self.cache.text = text
 
     @property
     def frames(self) -> int:
@@ -139,15 +142,12 @@ class CachedContext(Context):
 
     @property
     def nbytes(self) -> int:
-        self.cache.text = self.text
         return self.cache.nbytes
 
     def append(self, latents: Tensor) -> None:
-        self.cache.text = self.text
         self.model.write(latents, self.cache)
 
     def open_chunk(self) -> None:
-        self.cache.text = self.text
         self._plan = self.cache.plan(self.model.config.chunk_frames, clean=False)
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
@@ -159,11 +159,14 @@ class RecomputedContext(Context):
     """The latents of the last P_max frames, fed again with every step: what a cache makes unnecessary."""
 
     def __init__(self, model: CausalVideoTransformer, clock: FrameClock) -> None:
-        super().__init__(model)
-        self.clock = clock
+        self.model, self.clock = model, clock
+        self._text: list[TextKeysValues] = []
         self._frames = 0
         self._numbers: list[int] = []
         self._latents: Tensor | None = None
+
+    def set_text(self, text: list[TextKeysValues]) -> None:
+        self._text = text
 
     @property
     def frames(self) -> int:
@@ -181,13 +184,12 @@ class RecomputedContext(Context):
         self._latents = known[:, :, [numbers.index(f) for f in self._numbers]]
 
     def open_chunk(self) -> None:
-        chunk = self.model.config.chunk_frames
-        self._plan = self.model.context_plan(len(self._numbers), chunk, self._frames, self.clock)
+        self._plan = self.model.context_plan(self.model.config.chunk_frames, self._frames, self.clock)
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         if self._latents is not None:
             x = torch.cat([self._latents.to(x.dtype), x], dim=2)
-        out: Tensor = self.model(x, timestep, self._plan, text=self.text)
+        out: Tensor = self.model(x, timestep, self._plan, text=self._text)
         return out
 
 
@@ -269,12 +271,15 @@ def generate(
         given: clean latents (B, C, P, h, w) to continue, P at most the window; None begins from an empty context.
         caption: needed by models with text; if it is guided, the context must have room for 2B videos.
         on_step: called with (chunk index, steps done).
+
+    Raises:
+        UsageError: guidance for a model without text, or a video that has outgrown positions that do not wrap.
     """
     model = context.model
     channels = model.config.in_channels
     guided = caption is not None and caption.guided
     if caption is not None:
-        context.text = _text_keys_values(model, caption)
+        context.set_text(_text_keys_values(model, caption))
 
     def both(x: Tensor) -> Tensor:
         return torch.cat([x, x]) if guided else x
@@ -318,7 +323,8 @@ def _text_keys_values(model: CausalVideoTransformer, caption: Caption) -> list[T
     if not caption.guided:
         return model.text_keys_values(caption.embedding, caption.mask)
     stored = model.unconditional_caption(len(caption.embedding))
-    assert stored is not None, "guidance needs a model with text"
+    if stored is None:
+        raise UsageError("caption: this model has no text, so there is nothing to guide")
     unconditional = stored[0].to(caption.embedding)
     return model.text_keys_values(torch.cat([caption.embedding, unconditional]), caption.mask.repeat(2, 1))
 

@@ -113,29 +113,25 @@ class CausalVideoTransformer(nn.Module):
             time = self.pos_embed_temporal[0, plan.positions].unsqueeze(-2).to(self.dtype)  # ([B,] T, 1, D)
         for i, block in enumerate(self._blocks):
             layer = cache.layers[i] if cache is not None else None
-            last = writes_only and i == len(self.blocks) - 1
+            last = i == len(self.blocks) - 1
             run = block if plan.recurs or self.training else block.forward  # only a call is compiled
             x = run(x, modulation, plan, layer, text[i] if text else None, time if i == 0 else None, last)
         if writes_only:
             assert cache is not None
             cache.commit(frames)
             return latents.new_zeros(latents.shape[0], self.config.out_channels, 0, *latents.shape[3:])
-        return self._unpatchify(self.final_layer(x[:, clean:], t[:, clean:]))
+        return self._unpatchify(self.final_layer(x, t[:, clean:]))
 
     def write(self, clean: Tensor, cache: KVCache, text: list[TextKeysValues] | None = None) -> None:
         """Write finished frames (B, C, P, h, w) to the cache: one forward at timestep 0."""
         self(clean, clean.new_zeros(clean.shape[0]), cache.plan(clean.shape[2], clean=True), cache, text)
 
-    def context_plan(self, clean_frames: int, noisy_frames: int, start: int, clock: FrameClock) -> FramePlan:
-        """The plan that feeds the last ``clean_frames`` frames before frame ``start`` again, then the chunk."""
-        numbers = (
-            [*clock.context(start)[-clean_frames:], *range(start, start + noisy_frames)]
-            if clean_frames
-            else [*range(start, start + noisy_frames)]
-        )
-        positions = torch.tensor([clock.position(f, start) for f in numbers])
-        full = clean_frames == clock.context_frames
-        return sequence_plan(self.config, clean_frames, noisy_frames, positions, self.device, recurs=full)
+    def context_plan(self, noisy_frames: int, start: int, clock: FrameClock) -> FramePlan:
+        """The plan that feeds the window before frame ``start`` again, then the noisy frames from there on."""
+        window = clock.context(start)
+        positions = torch.tensor([clock.position(f, start) for f in [*window, *range(start, start + noisy_frames)]])
+        full = len(window) == clock.context_frames
+        return sequence_plan(self.config, len(window), noisy_frames, positions, self.device, recurs=full)
 
     def text_keys_values(self, embedding: Tensor, mask: Tensor) -> list[TextKeysValues]:
         """Every block's keys and values of a caption, computed once a prompt.
@@ -147,8 +143,9 @@ class CausalVideoTransformer(nn.Module):
         if self.y_embedder is None:
             return []
         caption = self.y_embedder(embedding.to(self.device, self.dtype))
+        mask = mask.to(self.device).bool()
         attentions = [block.cross_attn for block in self._blocks if block.cross_attn is not None]
-        return [attention.keys_values(caption, mask.to(self.device).bool()) for attention in attentions]
+        return [attention.keys_values(caption, mask) for attention in attentions]
 
     def unconditional_caption(self, batch: int) -> tuple[Tensor, Tensor] | None:
         """The stored caption (B, M, text_channels) that stands for none, and its mask (B, M); None without text."""
@@ -212,9 +209,9 @@ class Block(nn.Module):
         cache: LayerCache | None,
         text: TextKeysValues | None,
         time: Tensor | None,
-        stop_at_keys: bool,
+        last: bool,
     ) -> Tensor:
-        """(B, T, S, D) -> (B, T, S, D).
+        """(B, T, S, D) -> (B, T, S, D), of the last block only the noisy frames: (B, L, S, D).
 
         Args:
             x: tokens.
@@ -223,7 +220,7 @@ class Block(nn.Module):
             cache: this block's buffers.
             text: this block's keys and values of the caption.
             time: ([B,] T, 1, D), temporal position embedding, in the first block only.
-            stop_at_keys: the last block of a cache write needs nothing after its keys and values.
+            last: whether this is the last block, where clean frames are needed for their keys and values alone.
         """
         table = (self.scale_shift_table + modulation).unsqueeze(3)  # (B, T, 6, 1, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.unbind(2)
@@ -233,11 +230,14 @@ class Block(nn.Module):
         h = x if time is None else x + time
         if self.attn_temp_pre_merge is not None:
             h = self._merge_mask(h, plan.clean_frames)
-        if stop_at_keys:
-            assert cache is not None
-            self.attn_temp.write(h, plan, cache)
-            return x
+        clean = plan.clean_frames
+        if last and clean == x.shape[1]:
+            if cache is not None:
+                self.attn_temp.write(h, plan, cache)
+            return x[:, clean:]
         x = x + gate_msa * self.attn_temp(h, plan, cache)
+        if last and clean:
+            x, shift_mlp, scale_mlp, gate_mlp = (part[:, clean:] for part in (x, shift_mlp, scale_mlp, gate_mlp))
         if self.cross_attn is not None and text is not None:
             x = x + self.cross_attn(x, text)
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))

@@ -103,6 +103,7 @@ class Pipeline:
         device: str = "auto",
         dtype: Dtype | str = Dtype.AUTO,
         random_weights: bool = False,
+        pixels: bool = True,
         seed: int = 0,
     ) -> Pipeline:
         """Load a preset and its weights.
@@ -115,6 +116,7 @@ class Pipeline:
             device: name, or ``auto``.
             dtype: number format of the model.
             random_weights: allow a preset without weights (benchmarks), initialised from ``seed``.
+            pixels: load the autoencoder too; without it there are latents only.
             seed: of random weights.
 
         Raises:
@@ -129,14 +131,15 @@ class Pipeline:
             )
         where = resolve_device(device)
         number = resolve_dtype(Dtype(dtype), where)
-        torch.manual_seed(seed)
-        model = CausalVideoTransformer(loaded.config.model, choose_backend(backend, where, number))
-        if weights is None:
-            randomize(model)
-        else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = CausalVideoTransformer(loaded.config.model, choose_backend(backend, where, number))
+            if weights is None:
+                randomize(model)
+        if weights is not None:
             load_weights(model, load_tensors(weights)[0], str(weights))
         model = model.to(where, number).eval().requires_grad_(False)
-        autoencoder = None if weights is None else _load_autoencoder(loaded, where)
+        autoencoder = _load_autoencoder(loaded, where) if pixels and weights is not None else None
         return cls(loaded, model, autoencoder, trained=weights is not None)
 
     @property
@@ -221,7 +224,7 @@ class Pipeline:
         )
         chunks = math.ceil(frames / model.chunk_frames)
         start = 0 if given is None else given.shape[1]
-        context.clock.position(start + chunks * model.chunk_frames - 1, start)  # fails if the table ends before that
+        context.clock.check_length(start + chunks * model.chunk_frames)
         shape = (model.in_channels, model.chunk_frames, model.latent_height, model.latent_width)
         noise = SeededNoise(options.get("seed", 0), videos, shape, self.model.device)
 
@@ -252,7 +255,7 @@ class Pipeline:
         synchronize(self.model.device)
         encode_seconds = time.perf_counter() - began
         for chunk in run(latents):
-            check_finite(chunk, self.model.dtype)
+            check_finite(chunk.latents, chunk.first_frame, self.model.dtype)
             decoding = time.perf_counter()
             pixels = self.decode(chunk.latents[:, :, :frames])
             frames -= pixels.shape[1]
@@ -325,17 +328,21 @@ def _load_autoencoder(preset: LoadedPreset, device: torch.device) -> Autoencoder
     return load_autoencoder(config.autoencoder, config.video, config.model.in_channels, weights).to(device)
 
 
-def check_finite(chunk: LatentChunk, dtype: torch.dtype) -> None:
+def check_finite(made: Tensor, frame: int, dtype: torch.dtype) -> None:
     """Stop at numbers that are none, which would be written as black frames and compared as equal.
 
+    Args:
+        made: by the model.
+        frame: number of the first frame of it.
+        dtype: the model's.
+
     Raises:
-        UserError: the chunk has some.
+        UserError: there are some.
     """
-    if not chunk.latents.isfinite().all():
+    if not made.isfinite().all():
         kind = str(dtype).removeprefix("torch.")
         raise UserError(
-            f"frame {chunk.first_frame}: the model's output is not finite in {kind}; "
-            "try --dtype float32, or other weights"
+            f"frame {frame}: the model's output is not finite in {kind}; try --dtype float32, or other weights"
         )
 
 
@@ -344,7 +351,10 @@ def randomize(model: CausalVideoTransformer) -> None:
     """Random weights in every branch (those that start at zero included), so that exactness checks can fail."""
     for parameter in model.parameters():
         if parameter.count_nonzero() == 0:
-            torch.nn.init.normal_(parameter, std=0.02)
+            if parameter.ndim > 1:
+                torch.nn.init.xavier_uniform_(parameter, gain=0.5)  # all of it saturates the attention of deep models
+            else:
+                torch.nn.init.normal_(parameter, std=0.02)
 
 
 def _repeat(given: Frames, options: RunOptions) -> Frames:

@@ -84,15 +84,23 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
     """
     known = backends()
     if name == AUTO:
-        available = [backend for backend in known.values() if backend.unavailable(device, dtype) is None]
+        available = [backend for backend in known.values() if why_unavailable(backend, device, dtype) is None]
         return max(available, key=lambda backend: backend.priority)  # never empty: eager runs everywhere
     if name not in known:
         raise UsageError(f"--backend: there is no backend {name!r}; known: {AUTO}, {', '.join(known)}")
-    if reason := known[name].unavailable(device, dtype):
+    if reason := why_unavailable(known[name], device, dtype):
         raise UsageError(
             f"--backend: {name} is unavailable on {device} in {str(dtype).removeprefix('torch.')}: {reason}"
         )
     return known[name]
+
+
+def why_unavailable(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend can't run there; None if it can. One that fails to say so can't."""
+    try:
+        return backend.unavailable(device, dtype)
+    except Exception as error:  # whatever a third party's check raises
+        return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class RecordedRun:
         context = make_context(model, strategy, clean.shape[0])
         caption = self._caption(1.0)
         if caption is not None:
-            context.text = model.text_keys_values(caption.embedding.to(model.device), caption.mask.to(model.device))
+            context.set_text(model.text_keys_values(caption.embedding.to(model.device), caption.mask.to(model.device)))
         context.append(clean[:, :, :1])
         for part in clean[:, :, 1:].split(self.config.chunk_frames, dim=2):
             context.append(part)
@@ -138,9 +139,11 @@ class RecordedRun:
     def _video(self, model: CausalVideoTransformer, strategy: Strategy) -> Tensor:
         given = self._input("first_frames").to(model.device)
         initial, step = self._input("initial_noise").to(model.device), self._input("step_noise").to(model.device)
-        sampler = AncestralSampler(self.process, self._input("timesteps").numel())
-        if sampler.timesteps != self._input("timesteps").tolist():
-            raise UserError(f"{self.path}: input.timesteps are not evenly respaced ones")
+        timesteps = [int(t) for t in self._input("timesteps").flatten()]
+        falling = all(a > b for a, b in pairwise(timesteps))
+        if not timesteps or not falling or timesteps[-1] < 0 or timesteps[0] >= self.process.config.train_timesteps:
+            raise UserError(f"{self.path}: input.timesteps must fall from one below the process's length to 0 or more")
+        sampler = AncestralSampler(self.process, len(timesteps), timesteps)
         caption = self._caption(self.guidance_scale)
         halves = 2 if caption is not None and caption.guided else 1
         context = make_context(model, strategy, given.shape[0] * halves)

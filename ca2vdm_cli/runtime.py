@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import resource
 import sys
 from contextlib import suppress
@@ -68,8 +69,19 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was told, so that clocks tell the truth."""
+    getattr(getattr(torch, device.type, None), "synchronize", lambda: None)()
+
+
+def processor(device: torch.device) -> str:
+    """What computes: the name of the processor, or of the GPU."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip().lower() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -84,8 +96,8 @@ class PeakMemory:
     """By how much memory rises at the highest, from now on.
 
     On Linux, memory that was freed is first returned to the system and the kernel's high-water mark is reset, so do
-    not time the same stretch; elsewhere only a rise above the process's earlier peak is seen. On a GPU it is PyTorch's
-    allocations.
+    not time the same stretch; where that can't be done only a rise above the process's earlier peak is seen. On a GPU
+    it is PyTorch's allocations.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -96,9 +108,12 @@ class PeakMemory:
         else:
             with suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)
-            with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-                file.write("5")
-            self._before = self._resident("VmRSS")
+            try:
+                with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+                    file.write("5")
+                self._before = self._resident("VmRSS")
+            except OSError:
+                self._before = self._resident("VmHWM")
 
     def growth(self) -> int:
         """Bytes above the start, at the highest."""

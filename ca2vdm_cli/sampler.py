@@ -6,6 +6,7 @@ Shape letters: B videos, C channels, L frames of a chunk, h, w latent size.
 from __future__ import annotations
 
 import inspect
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Sequence
 
@@ -55,17 +56,24 @@ class Sampler(ABC):
 
 
 def evenly_respaced(train_timesteps: int, steps: int) -> list[int]:
-    """N timesteps spread evenly from 0 to the last, rounded, noisiest first (published); the last alone if N is 1."""
+    """N timesteps spread evenly from 0 to the last, rounded, noisiest first (published); the last alone if N is 1.
+
+    The stride is added up and not multiplied, as published: where a timestep falls halfway between two, as with
+    N = 21, that decides which one is taken.
+    """
     last = train_timesteps - 1
-    return [round(i * last / (steps - 1)) for i in reversed(range(steps))] if steps > 1 else [last]
+    if steps == 1:
+        return [last]
+    stride = last / (steps - 1)
+    return [round(t) for t in itertools.accumulate([stride] * (steps - 1), initial=0.0)][::-1]
 
 
 class AncestralSampler(Sampler):
     """DDPM with respaced timesteps; variance learned between the posterior's and beta's, or the posterior's (IDDPM)."""
 
-    def __init__(self, process: NoiseProcess, steps: int) -> None:
+    def __init__(self, process: NoiseProcess, steps: int, timesteps: list[int] | None = None) -> None:
         super().__init__(process, steps)
-        self.timesteps = evenly_respaced(process.config.train_timesteps, steps)
+        self.timesteps = timesteps or evenly_respaced(process.config.train_timesteps, steps)
         kept = process.cumulative[self.timesteps]
         beta = (1 - kept / torch.cat([kept[1:], torch.ones(1, dtype=kept.dtype)])).float()
         # float32 from here on, as published: 1 - 0.9999 is off by 1.7e-4 of itself, which scales the last step's output
@@ -191,7 +199,7 @@ class DiffusersSampler(Sampler):
     def step(self, index: int, x: Tensor, output: Tensor, noise: DrawNoise) -> Tensor:
         arguments = {}
         if self._random:  # a generator for each video, seeded by that video's own noise
-            seeds = noise(index).flatten(1)[:, 0].double().mul(2**40).long().abs().tolist()
+            seeds = noise(index).flatten(1)[:, 0].cpu().double().mul(2**40).long().abs().tolist()
             arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         out: Tensor = self._scheduler.step(
             output[:, : x.shape[1]], self._scheduler.timesteps[index], x, return_dict=False, **arguments

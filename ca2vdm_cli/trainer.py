@@ -94,7 +94,8 @@ class Trainer:
     def prefixes(self) -> tuple[int, ...]:
         """Prefix lengths that a step draws from."""
         model, chosen = self.preset.model, self.preset.training.prefix_lengths
-        return chosen or tuple(range(1, model.context_frames + 1, model.chunk_frames))
+        published = range(1, model.context_frames + 1, model.chunk_frames)
+        return chosen or (*([0] if self.preset.diffusion.unconditional_start else []), *published)
 
     def start_from(self, weights: dict[str, Tensor], source: str) -> None:
         """Begin at given weights instead of random ones (fine-tuning)."""

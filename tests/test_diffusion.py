@@ -35,9 +35,10 @@ class Answering(nn.Module):
         self.plan: FramePlan
         self.timestep: Tensor
 
-    def context_plan(self, clean: int, noisy: int, start: int, clock: FrameClock) -> FramePlan:
-        positions = torch.tensor([clock.position(f, start) for f in range(start - clean, start + noisy)])
-        return FramePlan(clean, False, positions, torch.ones(clean + noisy, clean + noisy, dtype=torch.bool))
+    def context_plan(self, noisy: int, start: int, clock: FrameClock) -> FramePlan:
+        clean, frames = len(clock.context(start)), start + noisy
+        positions = torch.tensor([clock.position(f, start) for f in range(frames)])
+        return FramePlan(clean, False, positions, torch.ones(frames, frames, dtype=torch.bool))
 
     def forward(self, inputs: Tensor, timestep: Tensor, plan: FramePlan, text: object = None) -> Tensor:
         self.inputs, self.timestep, self.plan = inputs, timestep, plan
@@ -138,10 +139,19 @@ def test_full_clips_start_at_any_position_and_shorter_ones_at_0(make_config: Mak
     assert starts == set(range(8))
     ask(network, process, random(16, 4, 8, 4, 4), 4)
     assert network.plan.positions.tolist() == list(range(6))
-    for positions_kind in ("rope", "absolute"):
-        network = Answering(make_config(temporal_positions=positions_kind), 16)
-        ask(network, process, random(16, 4, 8, 4, 4), 6)
-        assert network.plan.positions.tolist() == list(range(8))
+    network = Answering(make_config(temporal_positions="rope"), 16)
+    ask(network, process, random(16, 4, 8, 4, 4), 6)
+    assert network.plan.positions.tolist() == list(range(8))
+
+
+def test_full_clips_start_wherever_they_fit_into_a_longer_table(make_config: MakeConfig) -> None:
+    network = Answering(make_config(temporal_positions="absolute", position_table=11), 16)
+    starts = set()
+    for seed in range(4):
+        ask(network, NoiseProcess(DiffusionConfig()), random(16, 4, 8, 4, 4), 6, seed)
+        assert torch.equal(network.plan.positions - network.plan.positions[:, :1], torch.arange(8).expand(16, -1))
+        starts |= set(network.plan.positions[:, 0].tolist())
+    assert starts == {0, 1, 2, 3}
 
 
 def test_the_same_generator_gives_the_same_loss(make_model: MakeModel) -> None:

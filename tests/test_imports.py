@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainer": PIPELINE | {"interrupts"},
     "compare": PIPELINE,
     "verify": PIPELINE | {"compare"},
-    "bench": PIPELINE | {"compare", "verify"},
+    "bench": PIPELINE | {"__init__", "compare", "verify"},
     "runtime": CONFIG,
     "terminal": CONFIG,
     "commands": COMMANDS,

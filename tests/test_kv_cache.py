@@ -55,7 +55,7 @@ def context_of(model: CausalVideoTransformer, strategy: Strategy, videos: int = 
         caption = torch.randn(videos, model.config.text_tokens, model.config.text_channels, generator=generator)
         mask = torch.ones(caption.shape[:2])
         mask[0, -1] = 0
-        context.text = model.text_keys_values(caption, mask)
+        context.set_text(model.text_keys_values(caption, mask))
     return context
 
 
@@ -174,7 +174,8 @@ def test_a_video_in_a_batch_equals_the_same_alone(text: int, make_model: MakeMod
     append_in(together, latents(9), [1, 2, 2, 2, 2])
     for video in range(2):
         alone = make_context(model, Strategy.CACHED, 1)
-        alone.text = [type(t)(*(part[video : video + 1] for part in t)) for t in together.text]
+        assert isinstance(together, CachedContext)
+        alone.set_text([type(t)(*(part[video : video + 1] for part in t)) for t in together.cache.text])
         append_in(alone, latents(9)[video : video + 1], [1, 2, 2, 2, 2])
         alone.open_chunk()
         one = alone.predict(latents(2, seed=2)[video : video + 1], torch.tensor([[700], [20]][video]))
@@ -239,11 +240,11 @@ def test_bytes_are_those_of_the_storage_and_of_the_formula(
 
 
 def test_bytes_include_the_caption(make_model: MakeModel) -> None:
-    context = context_of(make_model(text_channels=5, text_tokens=5), Strategy.CACHED)
-    assert isinstance(context, CachedContext)
-    without_text = context.cache.nbytes
+    model = make_model(text_channels=5, text_tokens=5)
     keys_values = 2 * 2 * 5 * 2 * 32 * 4  # depth × B × M × 2D × bytes
-    assert keys_values <= context.nbytes - without_text <= keys_values + 2 * 2 * 5  # and the mask
+    mask = 2 * 5  # one for all blocks
+    without_text = make_context(model, Strategy.CACHED, 2).nbytes
+    assert context_of(model, Strategy.CACHED).nbytes == without_text + keys_values + mask
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -348,5 +349,5 @@ def test_absolute_positions_end(strategy: Strategy, make_model: MakeModel) -> No
     append_in(context, latents(6), [6])
     predict(context)
     context.append(latents(2))
-    with pytest.raises(UsageError, match="absolute positions end at frame 8; ask for fewer frames"):
+    with pytest.raises(UsageError, match="absolute positions end after 8 frames, made in whole chunks of 2"):
         context.open_chunk()

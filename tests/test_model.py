@@ -37,7 +37,7 @@ def caption(model: CausalVideoTransformer) -> tuple[Tensor, Tensor]:
 def denoise(model: CausalVideoTransformer, frames: Tensor, clean: int, timestep: int = 500) -> Tensor:
     """One forward without a cache over ``clean`` frames and a noisy chunk after them."""
     noisy = frames.shape[2] - clean
-    plan = model.context_plan(clean, noisy, clean, FrameClock(model.config))
+    plan = model.context_plan(noisy, clean, FrameClock(model.config))
     text = model.text_keys_values(*caption(model)) if model.config.text_channels else []
     return model(frames, torch.full((2,), timestep), plan, text=text)
 
@@ -131,7 +131,7 @@ def test_one_cache_serves_all_timesteps(make_model: MakeModel) -> None:
 def test_padding_of_a_caption_is_not_seen(make_model: MakeModel) -> None:
     model = make_model(**EVERYTHING)
     embedding, mask = caption(model)
-    plan = model.context_plan(2, 2, 2, FrameClock(model.config))
+    plan = model.context_plan(2, 2, FrameClock(model.config))
 
     def answer(video: int, token: int) -> Tensor:
         different = embedding.clone()

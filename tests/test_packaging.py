@@ -40,7 +40,7 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, package in PACKAGES.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix == ".py" or (folder == "presets" and path.suffix in DATA)
+        if path.suffix in (".py", ".typed") or (folder == "presets" and path.suffix in DATA)
     }
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == expected

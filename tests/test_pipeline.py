@@ -179,7 +179,7 @@ def test_absolute_positions_end(weights: Path) -> None:
     settings = ["model.temporal_positions=absolute", "sampling.steps=1"]
     pipeline = Pipeline.load(weights, overrides=settings, **CPU)
     assert joined(list(pipeline.sample(12))).shape[1] == 12
-    with pytest.raises(UsageError, match="absolute positions end at frame 13"):
+    with pytest.raises(UsageError, match="absolute positions end after 13 frames, made in whole chunks of 4"):
         pipeline.sample(13)
 
 

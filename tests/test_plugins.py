@@ -87,6 +87,30 @@ def test_auto_takes_the_available_backend_of_highest_priority(
         plugins.choose_backend("compile", CPU, torch.bfloat16)
 
 
+def test_a_backend_whose_check_fails_is_unavailable(monkeypatch: pytest.MonkeyPatch, fresh_plugins: None) -> None:
+    def check(device: torch.device, dtype: torch.dtype) -> str | None:
+        raise ImportError("libnothing.so:\nno such file")
+
+    found = plugins.backends()
+    monkeypatch.setattr(found["sdpa"], "unavailable", check)
+    monkeypatch.setattr(found["sdpa"], "priority", 1000)
+    assert plugins.choose_backend("auto", CPU, torch.float32) is not found["sdpa"]
+    with pytest.raises(UsageError, match=r"sdpa is unavailable on cpu in float32: ImportError: libnothing.so: no such"):
+        plugins.choose_backend("sdpa", CPU, torch.float32)
+
+
+def test_compile_needs_the_compiler_that_pytorch_would_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_plugins: None
+) -> None:
+    check = plugins.backends()["compile"].unavailable
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    reason = check(CPU, torch.float32)
+    assert reason is not None and "no C++ compiler found" in reason
+    (tmp_path / "g++").touch(mode=0o755)
+    reason = check(CPU, torch.float32)
+    assert reason is None or "compiler" not in reason
+
+
 def test_unknown_backend_lists_the_known_ones(fresh_plugins: None) -> None:
     with pytest.raises(UsageError, match=r"no backend 'spda'; known: auto, eager, sdpa, compile"):
         plugins.choose_backend("spda", CPU, torch.float32)

@@ -18,6 +18,7 @@ from ca2vdm_cli.config import BetaSchedule, DiffusionConfig, Prediction
 from ca2vdm_cli.diffusion import NoiseProcess
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.generation import Caption, Context, SeededNoise, Strategy, generate, make_context
+from ca2vdm_cli.kv_cache import TextKeysValues
 from ca2vdm_cli.model import CausalVideoTransformer
 from ca2vdm_cli.sampler import SAMPLERS, AncestralSampler, DrawNoise, Sampler, evenly_respaced, make_sampler
 
@@ -34,10 +35,13 @@ class Known(Context):
     """Stands in for model and context: the exact answer where latents are independent numbers N(MEAN, SPREAD²)."""
 
     def __init__(self, model: CausalVideoTransformer, process: NoiseProcess) -> None:
-        super().__init__(model)
-        self.process = process
+        self.model, self.process = model, process
+        self.text: list[TextKeysValues] = []
         self.appended: list[Tensor] = []
         self.asked = 0
+
+    def set_text(self, text: list[TextKeysValues]) -> None:
+        self.text = text
 
     @property
     def frames(self) -> int:
@@ -152,6 +156,14 @@ def test_a_sampler_can_be_used_again(name: str, model: CausalVideoTransformer) -
     first, _ = sampled(Known(model, process), sampler, 2)
     again, _ = sampled(Known(model, process), sampler, 2)
     assert torch.equal(first, again)
+
+
+def test_a_timestep_halfway_between_two_is_rounded_as_published() -> None:
+    """With 21 steps the stride is 49.95; added up ten times it is a little less than 499.5, which is rounded down."""
+    assert evenly_respaced(1000, 21)[::-1] == [
+        *(0, 50, 100, 150, 200, 250, 300, 350, 400, 450, 499),
+        *(549, 599, 649, 699, 749, 799, 849, 899, 949, 999),
+    ]  # fmt: skip
 
 
 def test_timesteps() -> None:

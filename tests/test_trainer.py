@@ -168,7 +168,9 @@ def test_the_average_follows_the_weights(run: Runs) -> None:
 
 
 def test_prefix_lengths(run: Runs) -> None:
-    assert run("training.prefix_lengths=").prefixes == (1, 5, 9)  # published: 1 and a multiple of the chunk's length
+    published = ["training.prefix_lengths=", "diffusion.unconditional_start=false"]
+    assert run(*published).prefixes == (1, 5, 9)  # 1 and a multiple of the chunk's length
+    assert run(published[0]).prefixes == (0, 1, 5, 9)
     trainer = run("training.prefix_lengths=[0, 9]")
     assert {trainer.train_step().prefix for _ in range(8)} == {0, 9}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..bench import run_bench
+from ..bench import run_bench, whole_chunks
 from ..pipeline import Pipeline
 from ..terminal import ProgressBar, duration, output_console, print_json, size, table
 
 
 def run(
-    preset: str,
+    preset: str | None,
     checkpoint: Path | None,
     frames: int | None,
     steps: int | None,
@@ -35,21 +35,19 @@ def run(
         device=device,
         dtype=dtype,
         random_weights=True,
+        pixels=False,
         seed=seed,
     )
-    model = pipeline.config.model
-    window = context_frames or model.context_frames
-    chunks = -(-(frames or window + 2 * model.chunk_frames) // model.chunk_frames)
-    frames = chunks * model.chunk_frames
-    with ProgressBar("benchmark", chunks, frames, quiet=quiet) as bar:
+    chunks, length = whole_chunks(pipeline, frames, context_frames), pipeline.config.model.chunk_frames
+    with ProgressBar("benchmark", chunks, chunks * length, quiet=quiet) as bar:
         report = run_bench(
             pipeline,
-            frames,
+            chunks,
             steps=steps,
             sampler=sampler,
             seed=seed,
             context_frames=context_frames,
-            on_chunk=lambda row: bar.advance(finished=(row.index + 1) * model.chunk_frames),
+            on_chunk=lambda row: bar.advance(finished=(row.index + 1) * length),
         )
     if as_json:
         print_json(report)
@@ -68,7 +66,7 @@ def _print(report: dict[str, Any]) -> None:
         verdict = "no chunk saw a full window: ask for more --frames"
     apart = f"{report['max_abs_difference_before_slide']:.1e}"
     exact = f"outputs equal to {apart}" if report["outputs_agree"] else f"[red]outputs DIFFER by {apart}[/]"
-    out.print(f"[bold]{verdict}, {exact} until the window slides (largest latent {report['max_abs_latent']:.1f})[/]")
+    out.print(f"[bold]{verdict}, {exact} until the window slides (largest output {report['max_abs_output']:.1f})[/]")
     out.print(
         f"{report['preset']} ({weights}), {report['backend']} on {report['device']} in {report['dtype']}, "
         f"{report['frames']} frames in chunks of {report['chunk_frames']}, {report['steps']} steps, "

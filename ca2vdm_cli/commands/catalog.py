@@ -12,7 +12,7 @@ from ..terminal import output_console, print_json, table
 
 def list_backends(device: str, dtype: str, *, as_json: bool) -> None:
     """Every backend, whether it runs here, and why not."""
-    from ..plugins import backends, choose_backend
+    from ..plugins import backends, choose_backend, why_unavailable
     from ..runtime import Dtype, resolve_device, resolve_dtype
 
     where = resolve_device(device)
@@ -22,7 +22,7 @@ def list_backends(device: str, dtype: str, *, as_json: bool) -> None:
         {
             "name": backend.name,
             "description": backend.description,
-            "available": (reason := backend.unavailable(where, number)) is None,
+            "available": (reason := why_unavailable(backend, where, number)) is None,
             "reason": reason,
             "auto": backend.name == auto,
         }

@@ -1,0 +1,109 @@
+"""Strategies in lockstep: what is timed, and what is compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from ca2vdm_cli.compare import Lockstep, SideBySide
+from ca2vdm_cli.errors import UserError
+from ca2vdm_cli.frame_plan import FrameClock
+from ca2vdm_cli.generation import Context, Strategy
+from ca2vdm_cli.kv_cache import TextKeysValues
+from ca2vdm_cli.model import CausalVideoTransformer
+from ca2vdm_cli.pipeline import Pipeline
+
+MakeModel = Callable[..., CausalVideoTransformer]
+
+COMPILING = 0.2
+"""Seconds that the first forward of a new shape takes."""
+
+
+class Answering(Context):
+    """Answers the same number always; slow where the context has grown since the last answer."""
+
+    def __init__(self, model: CausalVideoTransformer, answer: float) -> None:
+        self.model, self.clock, self.answer = model, FrameClock(model.config), answer
+        self._frames, self._seen = 0, -1
+
+    def set_text(self, text: list[TextKeysValues]) -> None:
+        pass
+
+    @property
+    def frames(self) -> int:
+        return self._frames
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def append(self, latents: Tensor) -> None:
+        self._frames += latents.shape[2]
+
+    def open_chunk(self) -> None:
+        pass
+
+    def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
+        seen = len(self.clock.context(self._frames))
+        if seen != self._seen:
+            time.sleep(COMPILING)
+        self._seen = seen
+        return torch.full_like(x, self.answer)
+
+
+def lockstep(make_model: MakeModel, *answers: float) -> Lockstep:
+    model = make_model()
+    return Lockstep({s: Answering(model, answer) for s, answer in zip(Strategy, answers, strict=True)})
+
+
+def chunk(steps: Lockstep) -> None:
+    """Two denoising steps of a chunk, which is then appended."""
+    x = torch.zeros(1, 4, 2, 4, 4)
+    steps.open_chunk()
+    for _ in range(2):
+        steps.predict(x, torch.zeros(1))
+    steps.append(x)
+
+
+def test_the_first_forward_of_a_shape_is_not_timed(make_model: MakeModel) -> None:
+    steps = lockstep(make_model, 1.0, 1.0)
+    for _ in range(3):
+        chunk(steps)
+        for seconds in steps.step_seconds.values():
+            assert len(seconds) == 2
+            assert max(seconds) < COMPILING / 2
+
+
+def test_every_step_is_compared(make_model: MakeModel) -> None:
+    steps = lockstep(make_model, -2.0, -1.75)
+    chunk(steps)
+    assert steps.differences == [0.25, 0.25]
+    assert steps.scale == 2.0
+
+
+def test_numbers_that_are_none_are_an_error_and_not_equal(make_model: MakeModel) -> None:
+    with pytest.raises(UserError, match="the model's output is not finite in float32"):
+        chunk(lockstep(make_model, 1.0, float("nan")))
+
+
+def test_all_strategies_see_what_the_first_one_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a difference stays one step's own and is not carried on."""
+    pipeline = Pipeline.load("tiny", random_weights=True, backend="eager", device="cpu", dtype="float32")
+    seen: dict[Strategy, list[Tensor]] = {strategy: [] for strategy in Strategy}
+    compared = SideBySide(pipeline, 2, steps=2)
+
+    def remember(strategy: Strategy, answer: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
+        seen[strategy].append(x.clone())
+        return answer(x, t) + (0.1 if strategy is Strategy.RECOMPUTE else 0)
+
+    for strategy, context in compared.lockstep.contexts.items():
+        monkeypatch.setattr(context, "predict", partial(remember, strategy, context.predict))
+    rows = list(compared)
+    assert [row.difference for row in rows] == pytest.approx([0.1, 0.1], abs=1e-5)
+    assert len(seen[Strategy.CACHED]) == len(seen[Strategy.RECOMPUTE]) > 4
+    assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))

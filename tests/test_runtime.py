@@ -1,0 +1,53 @@
+"""The machine: memory that is measured, and what to do where it can't be."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from ca2vdm_cli.runtime import PeakMemory, processor, synchronize
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def touched(mebibytes: int) -> bytearray:
+    return bytearray(b"\1") * (mebibytes * MIB)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak can't be reset")
+def test_growth_is_counted_from_now_on() -> None:
+    del_me = touched(200)
+    del del_me
+    memory = PeakMemory(CPU)
+    kept = touched(50)
+    assert 45 * MIB < memory.growth() < 150 * MIB
+    assert kept
+
+
+def test_without_a_reset_only_a_rise_above_the_earlier_peak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(path: Any, mode: str = "r", **options: Any) -> Any:
+        if "w" in mode:
+            raise PermissionError(path)
+        return builtins.open(path, mode, **options)
+
+    del_me = touched(200)
+    del del_me
+    monkeypatch.setattr("ca2vdm_cli.runtime.open", read_only, raising=False)
+    memory = PeakMemory(CPU)
+    kept = touched(10)
+    assert memory.growth() < 30 * MIB
+    assert kept
+
+
+def test_every_device_can_be_waited_for() -> None:
+    for device in ("cpu", "meta"):
+        synchronize(torch.device(device))
+
+
+def test_the_processor_has_a_name() -> None:
+    assert processor(CPU).strip()
