@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         from .terminal import print_error
 
+        if isinstance(error, OSError) and error.strerror:  # a full disk, a file without permission
+            where = error.filename if isinstance(error.filename, str) else "output"
+            error = UserError(f"{where}: {error.strerror}; check permissions and free space")
         if not isinstance(error, UserError):
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             error = UserError(f"{what} (a fault of the program; --debug shows where, please report it)")
@@ -45,9 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _treat_termination_as_interrupt() -> None:
-    """SIGTERM too leaves a playable file of the finished chunks."""
+    """SIGTERM and a terminal that is closed too leave a playable file of the finished chunks."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 def _discard_output() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UsageError, UserError
 
 WRAPPERS = ("ema", "model", "state_dict")
 """Keys under which training programs wrap a state dict."""
+
+WRAPPED = 4
+"""How many of them may be around one another."""
 
 UNUSED = frozenset({"bov_token"})
 """Entries of published checkpoints that the published model carries but never reads."""
@@ -44,12 +50,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UsageError(f"{path}: no such file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: you may not read it; check its permissions")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+        advice = "" if path.suffix == ".safetensors" else "; a published checkpoint needs ca2vdm import first"
+        raise UserError(f"{path}: not a readable safetensors file ({error}){advice}") from None
 
 
 def load_metadata(path: Path) -> dict[str, str]:
@@ -59,14 +68,33 @@ def load_metadata(path: Path) -> dict[str, str]:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file so that a crash leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a safetensors file so that a crash leaves either the old file or the new one.
+
+    Raises:
+        UserError: it can't be written there.
+    """
     temporary = path.with_name(f".{path.name}.partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata or {})
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata or {})
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes files for their owner alone
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be written ({reason}); check permissions and free space") from None
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, *, partial: bool = False) -> KeyReport:
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], source: str, *, partial: bool = False, extra: bool = False
+) -> KeyReport:
     """Put a state dict into a model.
 
     Args:
@@ -74,14 +102,16 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, *, p
         weights: tensors in its own key names.
         source: what to name in errors.
         partial: allow missing keys, which keep the model's own values.
+        extra: allow keys that the model does not have.
 
     Raises:
-        UserError: a shape that differs (both are named), a missing key (unless ``partial``), or nothing that matches.
+        UserError: a shape that differs (both are named), a missing key (unless ``partial``), a left-over one (unless
+            ``extra``), or nothing that matches.
     """
     own = model.state_dict()
     matched = [key for key in own if key in weights]
     missing = [key for key in own if key not in weights]
-    left_over = [key for key in weights if key not in own]
+    left_over = [key for key in weights if key not in own and key not in UNUSED]
     for key in matched:
         if own[key].shape != weights[key].shape:
             raise UserError(
@@ -93,8 +123,13 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, *, p
         raise UserError(
             f"{source}: {len(missing)} of {len(own)} tensors are missing, the first {first}; not its weights"
         )
+    if left_over and not extra:
+        raise UserError(
+            f"{source}: {len(left_over)} tensors have no place in the model, the first {left_over[0]}; choose the "
+            "preset these weights were trained with"
+        )
     model.load_state_dict({key: weights[key] for key in matched}, strict=False)
-    return KeyReport(tuple(matched), tuple(missing), tuple(key for key in left_over if key not in UNUSED))
+    return KeyReport(tuple(matched), tuple(missing), tuple(left_over))
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
@@ -110,16 +145,22 @@ def read_published(path: Path) -> dict[str, Tensor]:
         found: Any = load_tensors(path)[0]
     else:
         if not path.is_file():
-            raise UserError(f"{path}: no such file")
+            raise UsageError(f"{path}: no such file")
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is wrong with the file is said below
+                found = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can make the unpickler raise anything
-            reason = str(error).strip().splitlines()
+            # PyTorch's own message advises to unpickle all the same; only what it names is worth repeating
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"it holds {named[1]}" if named else "it is damaged, or holds more than tensors"
             raise UserError(
-                f"{path}: not a plain checkpoint of tensors ({reason[0] if reason else type(error).__name__})"
+                f"{path}: not a plain checkpoint of tensors: {what}; save its state dict alone, or as safetensors"
             ) from None
-    while isinstance(found, dict):
-        inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), dict)), None)
+    for _ in range(WRAPPED):
+        inner = None
+        if isinstance(found, dict):
+            inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), dict)), None)
         if inner is None:
             break
         found = inner

@@ -59,7 +59,9 @@ class Opponent(str, Enum):
     recompute = "recompute"
 
 
-PresetOption = Annotated[str | None, typer.Option(help="A preset's name, file or folder (see `ca2vdm presets`).")]
+PresetOption = Annotated[
+    str | None, typer.Option(help="A preset's name, file or folder (see `ca2vdm presets`). Default: moving-digits.")
+]
 CheckpointOption = Annotated[
     Path | None, typer.Option(help="Weights to use: a safetensors file, or a training run's folder.")
 ]
@@ -88,11 +90,15 @@ OutputOption = Annotated[
         help="mp4, mkv, gif, npz, y4m, a folder of PNGs (ends in /), or - for y4m on standard output.",
     ),
 ]
-FormatOption = Annotated[str | None, typer.Option(help="Output format, whatever the suffix says.")]
-FpsOption = Annotated[float | None, typer.Option(help="Frames per second of the output.")]
+FormatOption = Annotated[
+    str | None, typer.Option(help="mp4, mkv, gif, npz, y4m or png, whatever the suffix says; mkv or y4m for a pipe.")
+]
+FpsOption = Annotated[
+    float | None, typer.Option(help="Frames per second of the output. Default: the input's, or the preset's.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object with all figures on standard output.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]
-OverwriteOption = Annotated[bool, typer.Option(help="Replace an existing output.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
 def _version(wanted: bool) -> None:
@@ -189,26 +195,29 @@ def train(
         typer.Option(metavar="DIR", help="A folder of videos, or one video. Default: the preset's synthetic data."),
     ] = None,
     aspect: Annotated[
-        AspectName, typer.Option(help="When a video's shape is not the model's: cut, add bars, or distort.")
-    ] = AspectName.stretch,
+        AspectName | None,
+        typer.Option(help="When a video's shape is not the model's: cut, add bars, or distort (default: stretch)."),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where weights and state go.")] = Path("runs/train"),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: the preset's.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to begin from (fine-tuning).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --out.")] = False,
-    seed: SeedOption = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of all randomness. Default: 0, or the resumed run's.")
+    ] = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     set_: SetOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a model (and first, where it needs one, its autoencoder) on videos or on the preset's synthetic data."""
+    """Train a model on videos, or on synthetic data."""
     from .commands.train import run
 
     run(
         preset,
         data,
-        aspect.value,
+        None if aspect is None else aspect.value,
         out,
         steps,
         checkpoint,

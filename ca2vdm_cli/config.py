@@ -7,7 +7,7 @@ not deep inside a run. Presets (``presets.py``) are read into them; nothing in t
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -235,7 +235,7 @@ class VideoConfig:
     """Height of a frame in pixels."""
     width: Count
     """Width of a frame in pixels."""
-    channels: Annotated[int, Field(ge=1, le=3)] = 3
+    channels: Literal[1, 3] = 3
     """1 for gray, 3 for RGB."""
     fps: Annotated[float, Field(gt=0)] = 8.0
     """Frames per second of generated video."""

@@ -210,10 +210,14 @@ class VideoFolder:
     def _check(self) -> None:
         if len(self.skipped) < len(self.files):
             return
+        raise UserError(f"{self.path}: no usable video ({self.reasons() or 'no video files'})")
+
+    def reasons(self) -> str:
+        """The first few videos that were skipped, and why."""
         reasons = [f"{file.name}: {reason}" for file, reason in list(self.skipped.items())[:REASONS]]
         if len(self.skipped) > REASONS:
             reasons.append(f"and {len(self.skipped) - REASONS} more")
-        raise UserError(f"{self.path}: no usable video ({'; '.join(reasons) or 'no video files'})")
+        return "; ".join(reasons)
 
 
 def _reason(error: UserError, file: Path) -> str:

@@ -33,6 +33,9 @@ class NoiseProcess:
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
         self.cumulative = _cumulative_products(config)
+        """(train_timesteps,) float64: alpha²."""
+        self.half_log_snr = 0.5 * (self.cumulative.log() - (1 - self.cumulative).log())
+        """(train_timesteps,) float64: log(alpha / sigma)."""
 
     def alpha_sigma(self, timestep: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """alpha and sigma (B, 1, 1, 1, 1) float32 of integer timesteps (B,).

@@ -208,17 +208,25 @@ class Pipeline:
     def _run(self, frames: int, given: Frames | None, options: RunOptions) -> Iterator[VideoChunk]:
         """Check everything now, so that a wrong request fails before the first chunk is asked for."""
         self._autoencoder()
+        if unknown := sorted(options.keys() - RunOptions.__annotations__.keys()):
+            raise TypeError(f"unknown option {unknown[0]}; known: {', '.join(RunOptions.__annotations__)}")
         if frames < 1:
             raise UsageError("frames: there must be at least one to make")
         model, sampling = self.config.model, self.config.sampling
+        steps = options.get("steps")
         solver = make_sampler(
-            options.get("sampler") or sampling.sampler, self.process, options.get("steps") or sampling.steps
+            options.get("sampler") or sampling.sampler, self.process, sampling.steps if steps is None else steps
         )
         videos = list(options.get("videos", (0,)))
+        if not videos:
+            raise UsageError("videos: there must be at least one to make")
+        strategy = options.get("strategy", Strategy.CACHED)
+        if strategy not in list(Strategy):
+            raise UsageError(f"strategy: {strategy!r} is none of {', '.join(kind.value for kind in Strategy)}")
         caption = options.get("caption") or stored_caption(self.model, len(videos))
         context = make_context(
             self.model,
-            Strategy(options.get("strategy", Strategy.CACHED)),
+            Strategy(strategy),
             len(videos) * (2 if caption is not None and caption.guided else 1),
             context_frames=options.get("context_frames"),
         )
@@ -341,9 +349,8 @@ def check_finite(made: Tensor, frame: int, dtype: torch.dtype) -> None:
     """
     if not made.isfinite().all():
         kind = str(dtype).removeprefix("torch.")
-        raise UserError(
-            f"frame {frame}: the model's output is not finite in {kind}; try --dtype float32, or other weights"
-        )
+        advice = "use other weights" if dtype is torch.float32 else "try --dtype float32, or other weights"
+        raise UserError(f"frame {frame}: the model's output is not finite in {kind}; {advice}")
 
 
 @torch.no_grad()

@@ -114,10 +114,9 @@ def evenly_in_log_snr(process: NoiseProcess, steps: int) -> list[int]:
     Few steps spread evenly in time would end in one long jump from mild noise to none, which loses fine variation. The
     first timestep is the last of training, though noise beyond a half log SNR of -5 counts as -5.
     """
-    kept = process.cumulative
-    half_log_snr = 0.5 * (kept.log() - (1 - kept).log())
+    half_log_snr = process.half_log_snr
     goals = torch.linspace(max(-5.0, half_log_snr[-1].item()), half_log_snr[0].item(), steps, dtype=torch.float64)
-    timesteps = [len(kept) - 1]
+    timesteps = [len(half_log_snr) - 1]
     for done, goal in enumerate(goals[1:].tolist(), start=1):
         nearest = int((half_log_snr - goal).abs().argmin())
         timesteps.append(max(min(nearest, timesteps[-1] - 1), steps - 1 - done))
@@ -133,7 +132,7 @@ class DpmSolverSampler(Sampler):
         kept = process.cumulative[self.timesteps]
         self._alpha = [*kept.sqrt().tolist(), 1.0]
         self._sigma = [*(1 - kept).sqrt().tolist(), 0.0]
-        self._half_log_snr = (0.5 * (kept.log() - (1 - kept).log())).tolist()
+        self._half_log_snr = process.half_log_snr[self.timesteps].tolist()
         self._before: Tensor | None = None
 
     def start(self, x: Tensor) -> Tensor:

@@ -17,21 +17,28 @@ from rich.text import Text
 from .errors import UserError
 
 
+class _Pipe(Console):
+    """A console that lets the program know when nobody reads it any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Standard error, as Rich sees it."""
-    return Console(stderr=True, highlight=False, emoji=False, width=None if sys.stderr.isatty() else 200)
+    return _Pipe(stderr=True, highlight=False, emoji=False, width=None if sys.stderr.isatty() else 200)
 
 
 def output_console() -> Console:
     """Standard output, for commands whose answer is text (``presets``, ``backends``); wide enough in a pipe."""
-    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+    return _Pipe(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
 
 
 def print_error(error: UserError) -> None:
     """An error's one line."""
     out = console()
     line = " ".join(str(error).split())
-    out.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=not out.is_terminal)
+    out.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
 
 
 def print_json(report: Mapping[str, Any]) -> None:
@@ -43,8 +50,7 @@ def print_json(report: Mapping[str, Any]) -> None:
 def note(message: str, *, quiet: bool = False) -> None:
     """A line worth reading."""
     if not quiet:
-        out = console()
-        out.print(message, markup=False, soft_wrap=not out.is_terminal)
+        console().print(message, markup=False, soft_wrap=True)
 
 
 def size(count: float) -> str:
@@ -138,7 +144,8 @@ def print_run_report(report: Mapping[str, Any]) -> None:
     """What a run made, what memory it took, and where the time went."""
     out = console()
     output = report["output"] if report["num_videos"] == 1 else f"{report['output'][0]} … {report['output'][-1]}"
-    what = f"{report['frames']} frames" + (f" × {report['num_videos']} videos" if report["num_videos"] > 1 else "")
+    frames = f"{report['frames']} {'new ' if report['input_frames'] else ''}frame{'' if report['frames'] == 1 else 's'}"
+    what = frames + (f" × {report['num_videos']} videos" if report["num_videos"] > 1 else "")
     out.print(
         Text.assemble(
             ("✔ ", "green"),
@@ -158,6 +165,7 @@ def print_run_report(report: Mapping[str, Any]) -> None:
     lines = Table.grid(padding=(0, 2))
     lines.add_row("  memory", "  ".join(f"{name} [bold]{size(report[key])}[/]" for name, key in memory))
     steps = [
+        ("input", "input_seconds"),
         ("denoise", "denoise_seconds"),
         ("cache write", "cache_write_seconds"),
         ("decode", "decode_seconds"),

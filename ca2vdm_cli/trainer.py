@@ -64,7 +64,7 @@ class Trainer:
         device: where.
         steps: the last step, for the learning-rate schedule.
         seed: of everything.
-        origin: where the clips come from, remembered for ``--resume``.
+        origin: where the clips come from and how they are fitted, remembered for ``--resume``.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Trainer:
         device: torch.device,
         steps: int,
         seed: int = 0,
-        origin: str = "",
+        origin: dict[str, str] | None = None,
     ) -> None:
         self.preset, self.source, self.autoencoder = preset, source, autoencoder
-        self.device, self.steps, self.seed, self.origin = device, steps, seed, origin
+        self.device, self.steps, self.seed, self.origin = device, steps, seed, origin or {}
         self.step = 0
         torch.manual_seed(seed)
         self.model = CausalVideoTransformer(preset.model, backend).to(device).train()
@@ -130,8 +130,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip)
         if not math.isfinite(norm.item()):
             raise UserError(
-                f"step {self.step + 1}: the gradient is {norm.item()}; resume from the last checkpoint with a smaller "
-                f"--set training.learning_rate (now {training.learning_rate})"
+                f"step {self.step + 1}: the gradient is {norm.item()}; train with a smaller --set "
+                f"training.learning_rate (now {training.learning_rate}), from the last checkpoint if there is one"
             )
         self.optimizer.step()
         self._update_average()
@@ -175,7 +175,7 @@ class Trainer:
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-        metadata = {"step": str(self.step), "seed": str(self.seed), "steps": str(self.steps), "origin": self.origin}
+        metadata = {"step": str(self.step), "seed": str(self.seed), "steps": str(self.steps), **self.origin}
         save_tensors(folder / STATE_FILE, tensors, metadata)
 
     def resume(self, folder: Path) -> None:

@@ -391,8 +391,9 @@ class VideoWriter:
 
     The output begins with the first frame; a run that fails before leaves no trace. A new file grows under its own
     name; an old one is replaced when the writer is closed, and so may be the one that is being read. ``close`` finishes
-    the file after an error or Ctrl-C too, so that the frames written so far can be played. A pipe is given every frame
-    as it is written; there is nothing to flush.
+    the file after an error or Ctrl-C too, so that the frames written so far can be played; one that holds nothing but
+    copies of its input by then is thrown away, and what it would have replaced stays. A pipe is given every frame as it
+    is written; there is nothing to flush.
 
     Attributes:
         name: what to call it in messages.
@@ -408,9 +409,14 @@ class VideoWriter:
         self._sink: _Movie | _Images | _Archive | None = None
         self._shape: tuple[int, ...] = ()
         self._failed = self._closed = False
+        self._keep = self.is_pipe
 
-    def write(self, frame: Frame) -> None:
+    def write(self, frame: Frame, *, copied: bool = False) -> None:
         """Appends a uint8 frame: (H, W, 3) RGB, or gray as (H, W, 1) or (H, W).
+
+        Args:
+            frame: the frame.
+            copied: it stands in the input already.
 
         Raises:
             UserError: it cannot be written.
@@ -428,6 +434,7 @@ class VideoWriter:
             self._failed = True
             raise
         self.frames += 1
+        self._keep = self._keep or not copied
 
     def close(self) -> None:
         """Finishes the output; a second call does nothing. Raises what ``write`` raises, unless that has raised it."""
@@ -437,14 +444,17 @@ class VideoWriter:
         self._closed, finished = True, False
         try:
             with _unwritable(self.name):
-                self._sink.close()
+                if isinstance(self._sink, _Images) and not self._keep:
+                    self._sink.discard()
+                else:
+                    self._sink.close()
                 finished = True
         except (UserError, BrokenPipeError):
             if not self._failed:
                 raise
         finally:
             if self._path and self._target and self._path.is_file():
-                if self.frames and (finished or self._path == self._target):
+                if self.frames and self._keep and (finished or self._path == self._target):
                     self._path.replace(self._target)
                 else:
                     self._path.unlink()
@@ -637,21 +647,39 @@ def _palette_graph(height: int, width: int, fps: Fraction) -> Graph:
 
 
 class _Images:
-    """Writes frame_000000.png and so on; those that an earlier, longer video left behind are removed at the end."""
+    """Writes frame_000000.png and so on. An earlier video in the folder is replaced at the end, all of it."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._count = folder, 0
+        self._folder, self._place, self._count = folder, folder, 0
+        if any(map(_PNG_NAME.fullmatch, os.listdir(folder))):
+            self._place = Path(tempfile.mkdtemp(prefix=".", suffix=".part", dir=folder))
 
     def write(self, frame: Frame) -> None:
-        write_image(self._folder / f"frame_{self._count:06d}.png", frame)
+        write_image(self._place / self._name(self._count), frame)
         self._count += 1
 
     def close(self) -> None:
+        if self._place == self._folder:
+            return
+        for index in range(self._count):
+            (self._place / self._name(index)).replace(self._folder / self._name(index))
+        self._place.rmdir()
         for path in self._folder.iterdir():
             match = _PNG_NAME.fullmatch(path.name)
             if match and int(match[1]) >= self._count:
                 path.unlink()
+
+    def discard(self) -> None:
+        """Remove what was written, and the folder if nothing else is in it."""
+        for index in range(self._count):
+            (self._place / self._name(index)).unlink(missing_ok=True)
+        if not os.listdir(self._place):
+            self._place.rmdir()
+
+    @staticmethod
+    def _name(index: int) -> str:
+        return f"frame_{index:06d}.png"
 
 
 class _Archive:

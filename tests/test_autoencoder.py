@@ -31,7 +31,7 @@ def random_autoencoder(config: AutoencoderConfig = SMALL) -> ConvAutoencoder:
 @pytest.mark.parametrize(("downsample", "channels", "in_channels"), [(8, 1, 4), (4, 3, 6), (2, 3, 4)])
 def test_shapes_range_and_determinism(downsample: int, channels: int, in_channels: int) -> None:
     config = AutoencoderConfig(kind=AutoencoderKind.CONV, downsample=downsample, base_channels=8)
-    video = VideoConfig(height=32, width=48, channels=channels)
+    video = VideoConfig(height=32, width=48, channels=channels)  # type: ignore[arg-type]
     autoencoder = load_autoencoder(config, video, in_channels)
     latents = autoencoder.encode(digits(3, video))
     assert latents.shape == (3, in_channels, 32 // downsample, 48 // downsample)

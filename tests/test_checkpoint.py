@@ -111,7 +111,9 @@ def test_missing_and_left_over_keys_are_reported(weights: dict[str, Tensor], mak
     weights |= {"other.weight": torch.zeros(1), "bov_token": torch.zeros(1, 4)}
     message = refusal(lambda: load_weights(model, weights, "mine.pt"))
     assert "2 of " in message and "tensors are missing, the first blocks.0.attn_cf.proj.weight" in message
-    report = load_weights(model, weights, "mine.pt", partial=True)
+    message = refusal(lambda: load_weights(model, weights, "mine.pt", partial=True))
+    assert "1 tensors have no place in the model, the first other.weight" in message
+    report = load_weights(model, weights, "mine.pt", partial=True, extra=True)
     assert report.missing == missing and set(report.matched) == set(model.state_dict()) - set(missing)
     assert report.left_over == ("other.weight",), "bov_token is in published checkpoints and never read"
     assert torch.equal(model.state_dict()["final_layer.linear.bias"], before)

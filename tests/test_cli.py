@@ -226,8 +226,8 @@ def test_first_frame_comes_first(make: Callable[..., list[Frame]], kind: str) ->
     source = "given.png" if kind == "image" else "given.npz"
     video = make("sample", "--frames", 6, "--first-frame", source)
     assert len(video) == 6
-    square = [Geometry((32, 48), (32, 32), Aspect.CROP).to_model(given[0])]
-    assert apart(video[:1], gray(square)) == [0]
+    whole = [Geometry((32, 48), (32, 32), Aspect.STRETCH).to_model(given[0])]
+    assert apart(video[:1], gray(whole)) == [0]
     assert max(apart(video[1:], make("sample", "--frames", 6)[1:])) > 1
     assert len(make("sample", "--frames", 1, "--first-frame", source)) == 1
     assert len(make("sample", "--frames", 5, "--first-frame", source)) == 5
@@ -248,7 +248,7 @@ def test_report_as_json(report: Callable[..., Any], weights: Path, capsys: pytes
     assert result["output"] == "out.mp4"
     assert 0 < result["first_chunk_seconds"] <= result["seconds"]
     assert result["frames_per_second"] == pytest.approx(10 / result["seconds"])
-    parts = ("denoise", "cache_write", "decode", "encode", "output", "startup")
+    parts = ("input", "denoise", "cache_write", "decode", "encode", "output", "startup")
     assert sum(result[f"{part}_seconds"] for part in parts) == pytest.approx(result["seconds"])
     files = [weights / "model.safetensors", weights / "autoencoder.safetensors"]
     numbers = sum(t.numel() for file in files for t in load_tensors(file)[0].values())
@@ -361,7 +361,7 @@ WRONG: list[tuple[list[object], str]] = [
     (["train", "--preset", "bench-small"], "works on latents only"),
     (["train", "--preset", "tiny", "--data", "nope"], "nope: no such file or folder"),
     (["train", "--preset", "ca2-vdm-base"], "name a folder of videos with --data"),
-    (["train", "--preset", "tiny", "--resume"], "to resume from"),
+    (["train", "--preset", "tiny", "--resume"], "nothing to resume"),
     (["verify", "--recorded", "x.safetensors", "--preset", "tiny"], "leave out --preset"),
     (["import", "x.pt", "--preset", "tiny", "-o", "x.pt"], "must end in .safetensors"),
     (["presets", "show", "nope"], "preset 'nope'"),
@@ -455,6 +455,47 @@ def test_extending_depends_on_the_seed_only(make: Callable[..., list[Frame]], we
     assert max(apart(two[0][5:], new)) <= 1
     assert max(apart(two[0][:5], two[1][:5])) == 0
     assert max(apart(two[0][5:], two[1][5:])) > 20
+
+
+@pytest.mark.parametrize("target", ["given.mp4", "given/"])
+@pytest.mark.parametrize("wrong", [["--sampler", "nope"], ["--context-frames", 100], ["--steps", 2000]])
+def test_a_refused_request_leaves_the_input_alone(
+    refused: Callable[..., str], weights: Path, target: str, wrong: list[object]
+) -> None:
+    save(target, clip(12))
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    refused(2, "extend", target, "--preset", weights, *RUN, "--overwrite", "-o", target, *wrong)
+    refused(2, "extend", target, "--preset", weights, *RUN, "-o", "new.mp4", *wrong)
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("target", ["given.mp4", "given/", "given.npz", "new.mp4", "new/"])
+def test_an_interrupt_before_any_new_frame_leaves_no_trace(
+    weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    source = target if target.startswith("given") else "given.mp4"
+    save(source, clip(12))
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    calls = iter(range(100))
+
+    def interrupted(frame: np.ndarray, channels: int) -> Frame:
+        if next(calls) == 8:
+            raise KeyboardInterrupt
+        return to_channels(frame, channels)
+
+    monkeypatch.setattr(generate, "to_channels", interrupted)
+    assert ca2vdm("extend", source, "--preset", weights, *GENERATE, "--overwrite", "-o", target) == 130
+    assert capsys.readouterr().err == "interrupted: before any new frame was made\n"
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+    assert not list(Path().rglob("*.part"))
+
+
+def test_a_video_that_breaks_off_is_said_to(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save("whole.mp4", clip(200, 64, 64))
+    Path("half.mp4").write_bytes(Path("whole.mp4").read_bytes()[: Path("whole.mp4").stat().st_size * 3 // 4])
+    assert ca2vdm("extend", "half.mp4", "--preset", weights, *GENERATE, "--frames", 2, "-o", "out.npz") == 0
+    found = re.search(r"half.mp4: (\d+) of 200 frames could be read", capsys.readouterr().err)
+    assert found and 0 < int(found[1]) < 196
 
 
 @pytest.mark.parametrize(
@@ -561,8 +602,13 @@ def test_resumed_training_ends_where_an_uninterrupted_one_does(refused: Callable
     assert ca2vdm(*TRAIN, "--steps", 4, "--seed", 5, "--out", "whole", "-q") == 0
     assert ca2vdm(*TRAIN, "--steps", 2, "--seed", 5, "--out", "parts", "-q") == 0
     assert "go on with --resume" in refused(2, *TRAIN, "--steps", 4, "--out", "parts")
-    assert "has seed 5" in refused(2, "train", *RUN, "--steps", 4, "--out", "parts", "--resume")
-    assert ca2vdm("train", *RUN, "--steps", 4, "--seed", 5, "--out", "parts", "--resume", "-q") == 0
+    preset = Path("parts/preset.yaml").read_text()
+    resume = ["train", *RUN, "--steps", 4, "--out", "parts", "--resume"]
+    assert "has seed 5" in refused(2, *resume, "--seed", 0)
+    assert "tensors" in refused(1, *resume, "--set", "model.depth=3")
+    assert "no backend 'nope'" in refused(2, *resume, "--backend", "nope")
+    assert Path("parts/preset.yaml").read_text() == preset
+    assert ca2vdm(*resume, "-q") == 0
     whole, parts = (load_tensors(Path(run, "model.safetensors"))[0] for run in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
@@ -583,6 +629,32 @@ def test_a_runs_folder_brings_its_own_preset(weights: Path, refused: Callable[..
     assert ca2vdm("sample", "--checkpoint", weights, *GENERATE, "--frames", 2, "-q", "-o", "out.npz") == 0
     line = refused(2, "sample", "--checkpoint", weights, "--preset", "tiny")
     assert "has a preset of its own; leave out --preset tiny" in line
+
+
+def test_resumed_training_fits_its_videos_as_before() -> None:
+    save("clip.mp4", clip(20, 32, 48))
+    assert ca2vdm(*TRAIN, "--data", "clip.mp4", "--aspect", "crop", "--steps", 4, "--out", "whole", "-q") == 0
+    assert ca2vdm(*TRAIN, "--data", "clip.mp4", "--aspect", "crop", "--steps", 2, "--out", "parts", "-q") == 0
+    assert ca2vdm("train", *RUN, "--resume", "--steps", 4, "--out", "parts", "-q") == 0
+    whole, parts = (load_tensors(Path(run, "model.safetensors"))[0] for run in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_videos_that_were_left_out_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("videos").mkdir()
+    save("videos/good.mp4", clip(20))
+    save("videos/short.mp4", clip(3))
+    assert ca2vdm(*TRAIN, "--data", "videos", "--steps", 1, "--out", "run") == 0
+    assert "left out 1 of 2 videos: short.mp4: 3 frames, a clip has 13" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["weights", "file", "file/below"])
+def test_a_folder_that_training_may_not_use(refused: Callable[..., str], out: str) -> None:
+    Path("weights").mkdir()
+    Path("weights/model.safetensors").write_text("somebody's")
+    Path("file").write_text("no folder")
+    assert "choose another" in refused(2, *TRAIN, "--out", out)
+    assert Path("weights/model.safetensors").read_text() == "somebody's"
 
 
 def test_finished_training_has_nothing_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
@@ -607,7 +679,7 @@ def test_interrupted_training_says_how_to_go_on(
         assert ca2vdm(*TRAIN, "--steps", 3, "--out", "run", "--data", "clip.mp4", "--seed", 2) == 130
     out, text = capsys.readouterr()
     assert out == ""
-    advice = re.fullmatch(r"interrupted at step 1: go on with (.*)\n", text)
+    advice = re.fullmatch(r"interrupted at step 1: go on with ca2vdm train (.*)\n", text)
     assert advice
     assert ca2vdm("train", *RUN, "-q", *advice[1].split()) == 0
     assert load_tensors(Path("run/model.safetensors"))[1]["step"] == "3"
@@ -782,7 +854,7 @@ def test_verify_of_a_recorded_run(capsys: pytest.CaptureFixture[str], report: Ca
 
 
 def test_verify_of_what_is_no_recording(weights: Path, refused: Callable[..., str]) -> None:
-    assert "no such file" in refused(1, "verify", "--recorded", "nope.safetensors")
+    assert "no such file" in refused(2, "verify", "--recorded", "nope.safetensors")
     assert "not a recorded run" in refused(1, "verify", "--recorded", weights / "model.safetensors")
     tensors, metadata = load_tensors(GOLDEN)
     less = {key: value for key, value in tensors.items() if not key.startswith("expected.")}
@@ -806,7 +878,8 @@ def test_imported_weights_make_the_same_video(
     assert f"matched: {len(state) - 1}" in text
     assert "missing: 0" in text
     assert "left over: 1\n  optimizer_step" in text
-    assert f"ca2vdm sample --preset {weights} --checkpoint mine.safetensors" in text
+    advice = re.search(r"check it with: ca2vdm (.*)", text)
+    assert advice and ca2vdm(*advice[1].split(), "--steps", 1) == 0
     expected = make("sample", "--frames", 6)
     assert max(apart(make("sample", "--frames", 6, "--checkpoint", "mine.safetensors"), expected)) == 0
 

@@ -203,7 +203,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(poison: float, r
         train(trainer, tmp_path, lambda report: None)
     message = str(error.value)
     assert message.startswith("step 2: the gradient is ") and "\n" not in message
-    assert "resume from the last checkpoint with a smaller --set training.learning_rate (now 0.001)" in message
+    assert "train with a smaller --set training.learning_rate (now 0.001)" in message
     assert error.value.exit_code == 1 and trainer.step == 1
     assert {
         key for key, value in state(trainer).items() if not torch.allclose(value, before[key], equal_nan=True)

@@ -28,13 +28,13 @@ def run(
     loaded = load_preset(preset, overrides)
     tensors = read_published(checkpoint)
     model = CausalVideoTransformer(loaded.config.model, backends()["eager"])
-    report = load_weights(model, tensors, str(checkpoint), partial=partial)
+    report = load_weights(model, tensors, str(checkpoint), partial=partial, extra=True)
     state = model.state_dict() if partial else {key: tensors[key] for key in report.matched}
     if dtype != "auto":
         state = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
     save_tensors(output, state, {"format": "pt", "preset": loaded.name})
     _print(report)
-    note(f"→ {output}; use it with: ca2vdm sample --preset {preset} --checkpoint {output}")
+    note(f"→ {output}; check it with: ca2vdm verify --preset {preset} --checkpoint {output}")
 
 
 def _print(report: KeyReport) -> None:

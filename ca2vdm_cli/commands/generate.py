@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import sys
 import time
 from collections import deque
@@ -107,10 +109,11 @@ class _Tally:
     """What has been made so far, and where the time went."""
 
     frames: int = 0
+    input_frames: int = 0
     first_chunk_seconds: float | None = None
     context_bytes: int = 0
     seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("denoise", "cache_write", "decode", "encode", "output"), 0.0)
+        default_factory=lambda: dict.fromkeys(("input", "denoise", "cache_write", "decode", "encode", "output"), 0.0)
     )
 
     def add(self, chunk: VideoChunk, output_seconds: float) -> None:
@@ -136,7 +139,7 @@ def run_sample(request: Request, first_frame: str | None) -> None:
     given = None
     if first_frame is not None:
         with open_reader(first_frame) as reader:
-            geometry = Geometry((reader.height, reader.width), (video.height, video.width))
+            geometry = Geometry((reader.height, reader.width), (video.height, video.width), Aspect.STRETCH)
             given = to_channels(geometry.to_model(next(reader)), video.channels)
     fps = video.fps if request.fps is None else request.fps
     targets = request.targets("sample")
@@ -144,7 +147,7 @@ def run_sample(request: Request, first_frame: str | None) -> None:
     def chunks(videos: list[int], on_step: Callable[[int, int], None]) -> Iterator[VideoChunk]:
         return pipeline.sample(frames, first_frame=given, **request.options(videos, on_step))
 
-    _run(request, pipeline, targets, fps, frames, chunks, lambda frame: frame, lambda writers: None)
+    _run(request, pipeline, targets, fps, frames, chunks, lambda frame: frame, lambda writers: 0)
 
 
 def run_extend(request: Request, source: str, *, only_new: bool, aspect: str, size: str | None) -> None:
@@ -159,14 +162,21 @@ def run_extend(request: Request, source: str, *, only_new: bool, aspect: str, si
         name = "extended" if source == "-" else f"{Path(source).stem}-extended"
         last: deque[np.ndarray] = deque(maxlen=window)
 
-        def copy_input(writers: list[VideoWriter]) -> None:
-            """Read the input to its end, remembering the last window of it."""
+        def copy_input(writers: list[VideoWriter]) -> int:
+            """Read the input to its end, remembering the last window of it; how many frames it has."""
+            blank = np.zeros((1, video.height, video.width, video.channels), np.uint8)
+            pipeline.extend(blank, frames, **request.options([0], lambda chunk, step: None))  # refuses before it reads
+            read = 0
             for frame in reader:
+                read += 1
                 last.append(to_channels(to_model(frame), video.channels))
                 if not only_new:
                     shown = given_out(frame)
                     for writer in writers:
-                        writer.write(shown)
+                        writer.write(shown, copied=True)
+            if reader.frame_count and read < 0.98 * reader.frame_count:
+                note(f"{source}: {read} of {reader.frame_count} frames could be read", quiet=request.quiet)
+            return read
 
         def chunks(videos: list[int], on_step: Callable[[int, int], None]) -> Iterator[VideoChunk]:
             return pipeline.extend(np.stack(last), frames, **request.options(videos, on_step))
@@ -206,7 +216,7 @@ def _run(
     frames: int,
     chunks: Callable[[list[int], Callable[[int, int], None]], Iterator[VideoChunk]],
     shown: Through,
-    begin: Callable[[list[VideoWriter]], None],
+    begin: Callable[[list[VideoWriter]], int],
 ) -> None:
     """Generate and write all videos, then report. What was finished stays playable whatever happens."""
     steps = request.steps or pipeline.config.sampling.steps
@@ -218,18 +228,26 @@ def _run(
             for t in targets
         ]
         total = per_video * -(-request.num_videos // BATCH)
-        bar = stack.enter_context(ProgressBar("sampling", total, frames * request.num_videos, quiet=request.quiet))
-        begin(writers)
         try:
+            reading = time.perf_counter()
+            with status("reading", quiet=request.quiet):
+                tally.input_frames = begin(writers)
+            tally.seconds["input"] = time.perf_counter() - reading
+            # in a pipe the next command shows how far it is, and two bars on one terminal would garble each other
+            quiet = request.quiet or (targets == ["-"] and stat.S_ISFIFO(os.fstat(1).st_mode))
+            bar = stack.enter_context(ProgressBar("sampling", total, frames * request.num_videos, quiet=quiet))
             for first in range(0, request.num_videos, BATCH):
                 group = range(first, min(first + BATCH, request.num_videos))
                 for chunk in chunks(list(group), lambda _chunk, _step: bar.advance()):
                     _write(chunk, [writers[k] for k in group], shown, tally)
                     bar.advance(steps=0, finished=tally.frames)
+                for k in group:
+                    writers[k].close()
         except KeyboardInterrupt:
             stack.close()
             where = ", ".join(writer.name for writer in writers if writer.frames)
-            note(f"interrupted: {tally.frames} new frames are in {where or 'no file'}", quiet=request.quiet)
+            made = f"{tally.frames} new frames are in {where}" if tally.frames else "before any new frame was made"
+            note(f"interrupted: {made}", quiet=request.quiet)
             raise
     _report(request, pipeline, targets, frames, steps, tally)
 
@@ -250,6 +268,7 @@ def _report(request: Request, pipeline: Pipeline, targets: list[str], frames: in
     seconds = time.perf_counter() - STARTED
     report = {
         "frames": frames,
+        "input_frames": tally.input_frames,
         "num_videos": request.num_videos,
         "seconds": seconds,
         "first_chunk_seconds": tally.first_chunk_seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +26,12 @@ from ..video_io import Aspect
 def run(
     preset: str | None,
     data: Path | None,
-    aspect: str,
+    aspect: str | None,
     out: Path,
     steps: int | None,
     checkpoint: Path | None,
     resume: bool,
-    seed: int,
+    seed: int | None,
     backend: str,
     device: str,
     overrides: list[str],
@@ -39,44 +40,35 @@ def run(
     quiet: bool,
 ) -> None:
     """Train and say how it went."""
+    stored = _check_folder(out, resume)
     if resume and preset is None and checkpoint is None:
         preset = str(out)
     loaded, weights = find_weights(preset, checkpoint, overrides)
     config, where = loaded.config, resolve_device(device)
+    chosen = choose_backend(backend, where, torch.float32)
     if config.video is None:
         raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
-    if resume != (out / STATE_FILE).is_file():
-        advice = f"no {STATE_FILE} there to resume from" if resume else "holds a run already; go on with --resume"
-        raise UsageError(f"--out {out}: {advice}, or choose another folder")
     config = replace(
         config,
         training=replace(config.training, steps=steps or config.training.steps),
         weights=WEIGHTS_FILE,
         autoencoder_weights=AUTOENCODER_FILE if config.autoencoder.kind is AutoencoderKind.CONV else None,
     )
-    if resume and data is None:
-        origin = load_metadata(out / STATE_FILE).get("origin")
-        data = Path(origin) if origin else None
-    source = _source(loaded, data, seed, aspect)
-    autoencoder = _autoencoder(loaded, config, source, out, where, seed, quiet)
-    write_preset(config, out)
-
-    trainer = Trainer(
-        config,
-        source,
-        autoencoder,
-        choose_backend(backend, where, torch.float32),
-        where,
-        config.training.steps,
-        seed,
-        origin="" if data is None else str(data.resolve()),
-    )
+    run_seed = int(stored.get("seed", 0)) if seed is None else seed
+    if resume and str(run_seed) != stored.get("seed"):
+        raise UsageError(f"--seed {seed}: the run in {out} has seed {stored.get('seed')}; leave out --seed")
+    if data is None and stored.get("origin"):
+        data = Path(stored["origin"])
+    fit = Aspect(aspect or stored.get("aspect") or Aspect.STRETCH)
+    source = _source(loaded, data, run_seed, fit)
+    autoencoder = _autoencoder(loaded, config, source, out, where, run_seed, quiet)
+    origin = {} if data is None else {"origin": str(data.resolve()), "aspect": fit.value}
+    trainer = Trainer(config, source, autoencoder, chosen, where, config.training.steps, run_seed, origin)
     if resume:
         trainer.resume(out)
-        if trainer.seed != seed:
-            raise UsageError(f"--seed {seed}: the run in {out} has seed {trainer.seed}; give that, or another folder")
     elif checkpoint is not None and weights is not None:
         trainer.start_from(load_tensors(weights)[0], str(weights))
+    write_preset(config, out)
     began, first_step, frames = time.perf_counter(), trainer.step, 0
     losses: list[float] = []
     bar = ProgressBar("training", trainer.steps, trainer.steps, quiet=quiet, unit="steps", begun=trainer.step)
@@ -86,14 +78,13 @@ def run(
         frames += report.frames
         losses.append(report.loss)
         smooth = sum(losses[-50:]) / len(losses[-50:])
-        bar.advance(finished=report.step, info=f"loss {smooth:.4f}  lr {report.learning_rate:.1e}")
+        bar.advance(finished=report.step, info=f"loss {smooth:.4f}")
 
     try:
         with bar:
             train(trainer, out, on_step)
     except KeyboardInterrupt:
-        again = f" --seed {seed}" if seed else ""
-        note(f"interrupted at step {trainer.step}: go on with --resume --out {out}{again}", quiet=quiet)
+        note(f"interrupted at step {trainer.step}: go on with ca2vdm train --resume --out {out}", quiet=quiet)
         raise
     seconds = time.perf_counter() - began
     loss = sum(losses[-50:]) / len(losses[-50:]) if losses else None
@@ -113,14 +104,37 @@ def run(
     else:
         note(f"trained to step {trainer.step} in {duration(seconds)}, loss {loss:.4f} → {out}", quiet=quiet)
         note(f"  sample it with: ca2vdm sample --preset {out}", quiet=quiet)
+    if isinstance(source, VideoFolder) and source.skipped and not as_json:
+        note(f"  left out {len(source.skipped)} of {len(source.files)} videos: {source.reasons()}", quiet=quiet)
 
 
-def _source(loaded: LoadedPreset, data: Path | None, seed: int, aspect: str) -> ClipSource:
+def _check_folder(out: Path, resume: bool) -> dict[str, str]:
+    """Refuse a folder that can't be used, before anything is made; returns what a run to resume remembers.
+
+    Raises:
+        UsageError: there is no run to resume, or one that would be overwritten, or no folder to write to.
+    """
+    state = out / STATE_FILE
+    if resume:
+        if not state.is_file():
+            raise UsageError(f"--out {out}: no {STATE_FILE} there, so there is nothing to resume")
+        return load_metadata(state)
+    if state.is_file():
+        raise UsageError(f"--out {out}: holds a run already; go on with --resume, or choose another folder")
+    if (out / WEIGHTS_FILE).exists():
+        raise UsageError(f"--out {out}: holds a {WEIGHTS_FILE} already; choose another folder")
+    nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UsageError(f"--out {out}: {nearest} is not a folder that you can write to; choose another")
+    return {}
+
+
+def _source(loaded: LoadedPreset, data: Path | None, seed: int, aspect: Aspect) -> ClipSource:
     config = loaded.config
     assert config.video is not None
     if data is not None:
         frames = config.model.context_frames + config.model.chunk_frames
-        return VideoFolder(data, config.video, seed, frames, Aspect(aspect))
+        return VideoFolder(data, config.video, seed, frames, aspect)
     if config.synthetic_data is None:
         raise UsageError(f"preset {loaded.name}: it has no synthetic data; name a folder of videos with --data")
     return MovingDigits(config.synthetic_data, config.video, seed)
