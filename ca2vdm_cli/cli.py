@@ -181,7 +181,10 @@ def extend(
     quiet: QuietOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Continue a video: its last frames go into the cache, and new ones follow."""
+    """Continue a video.
+
+    Its last frames go into the cache, and new ones follow. Sound is not kept.
+    """
     from .commands.generate import Request, run_extend
 
     run_extend(Request(**_request(locals())), input, only_new=only_new, aspect=aspect.value, size=size)
@@ -252,7 +255,10 @@ def bench(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure what the cache gains, with the same weights, seed, backend and precision in one run."""
+    """Measure what the cache gains.
+
+    Both strategies have the same weights, seed, backend and precision, and take turns in one run.
+    """
     from .commands.bench import run
 
     run(
@@ -288,7 +294,10 @@ def verify(
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check that cached and recomputed frames are the same, on your own weights; exit code 1 if they are not."""
+    """Check that cached and recomputed frames are equal.
+
+    On your own weights, or on those of a recorded run. The exit code is 1 if they are not.
+    """
     from .commands.verify import run
 
     raise typer.Exit(
@@ -313,7 +322,10 @@ def import_(
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Turn a published-format checkpoint into weights for a preset, and say what matched. Nothing is unpickled."""
+    """Turn a published checkpoint into weights for a preset.
+
+    Says which tensors matched, were missing and were left over. Nothing is unpickled.
+    """
     from .commands.convert import run
 
     run(checkpoint, output, preset, dtype.value, set_ or [], partial=partial, overwrite=overwrite)

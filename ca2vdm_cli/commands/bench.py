@@ -51,7 +51,7 @@ def run(
         )
     if as_json:
         print_json(report)
-    elif not quiet:
+    else:
         _print(report)
 
 

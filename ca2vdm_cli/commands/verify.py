@@ -12,7 +12,7 @@ from ..pipeline import Pipeline
 from ..plugins import choose_backend
 from ..recorded import RecordedRun
 from ..runtime import Dtype, resolve_device, resolve_dtype
-from ..terminal import note, output_console, print_json, table
+from ..terminal import note, output_console, print_json, status, table
 from ..verify import RUN_TOLERANCE, STEP_TOLERANCE, agree, verify_strategies
 
 
@@ -42,7 +42,8 @@ def _recorded(path: Path, backend: str, device: str, dtype: str, as_json: bool) 
     number = resolve_dtype(Dtype(dtype), where)
     run = RecordedRun(path)
     chosen = choose_backend(backend, where, number)
-    compared = list(run.compare(run.model(chosen, where, number)))
+    with status("verifying"):
+        compared = list(run.compare(run.model(chosen, where, number)))
     if not compared:
         raise UsageError(f"{path}: has no expected.* tensors, so there is nothing to check")
     results = [
@@ -82,7 +83,9 @@ def _strategies(
     )
     number = pipeline.model.dtype
     results = []
-    for row in verify_strategies(pipeline, steps=steps, seed=seed):
+    with status("verifying"):
+        rows = list(verify_strategies(pipeline, steps=steps, seed=seed))
+    for row in rows:
         end = row.first_frame + pipeline.config.model.chunk_frames - 1
         allowed = STEP_TOLERANCE[number] * row.scale if row.before_slide else None
         results.append(
