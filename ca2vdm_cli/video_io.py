@@ -187,7 +187,7 @@ class VideoReader:
         self.name, self.fps, self.frame_count = name, fps, frame_count
         first = next(frames, None)
         if first is None:
-            pipe = " (in a pipe not one whose index is at its end, as of many an mp4)" if name == "standard input" else ""
+            pipe = " (in a pipe not one whose index is at its end, as of many mp4s)" if name == "standard input" else ""
             raise UserError(f"{name}: no frame could be decoded; give a complete video or image{pipe}")
         self.height, self.width = first.shape[:2]
         self._source, self._frames = frames, chain([first], frames)
