@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at a moment that suits: between two training steps, between two frames of a file."""
+"""Ctrl-C, SIGTERM and SIGHUP at a moment that suits: between two training steps, between two frames of a file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], bool]]:
     """Hold back an interrupt until the end of the block, where it raises ``KeyboardInterrupt``; a second one does so at
-    once. Yields a function that tells whether one waits. Threads other than the main one get no signals.
+    once. Yields a function that tells whether one waits.
+
+    Signals that are ignored, as under nohup, stay so. Threads other than the main one get none.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -26,11 +28,12 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         waiting.append(number)
 
-    before = [signal.signal(number, hold) for number in NUMBERS]
+    heard = [number for number in NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hold) for number in heard}
     try:
         yield lambda: bool(waiting)
     finally:
-        for number, handler in zip(NUMBERS, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
     if waiting:
         raise KeyboardInterrupt

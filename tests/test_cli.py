@@ -631,6 +631,12 @@ def test_a_runs_folder_brings_its_own_preset(weights: Path, refused: Callable[..
     assert "has a preset of its own; leave out --preset tiny" in line
 
 
+@pytest.mark.parametrize("metadata", [{}, {"seed": "x"}, {"seed": "1", "aspect": "x"}])
+def test_a_training_state_that_is_none(refused: Callable[..., str], metadata: dict[str, str]) -> None:
+    save_tensors(Path("run/training-state.safetensors"), {"a": torch.zeros(1)}, metadata)
+    assert "not a training state" in refused(1, "train", *RUN, "--preset", "tiny", "--resume", "--out", "run")
+
+
 def test_resumed_training_fits_its_videos_as_before() -> None:
     save("clip.mp4", clip(20, 32, 48))
     assert ca2vdm(*TRAIN, "--data", "clip.mp4", "--aspect", "crop", "--steps", 4, "--out", "whole", "-q") == 0

@@ -10,7 +10,7 @@ import pytest
 from ca2vdm_cli.interrupts import held_interrupts
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_waits_for_the_end_of_the_block(number: signal.Signals) -> None:
     seen = []
 
@@ -25,6 +25,17 @@ def test_an_interrupt_waits_for_the_end_of_the_block(number: signal.Signals) -> 
         work()
     assert seen == [False, True]
     assert signal.getsignal(number) is before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with held_interrupts() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupted()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_does_not_wait() -> None:

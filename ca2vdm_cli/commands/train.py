@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..autoencoder import Autoencoder, ConvAutoencoder, load_autoencoder, save_a
 from ..checkpoint import load_metadata, load_tensors
 from ..config import AutoencoderKind, Preset
 from ..data import ClipSource, MovingDigits, VideoFolder
-from ..errors import UsageError
+from ..errors import UsageError, UserError
 from ..pipeline import find_weights
 from ..plugins import choose_backend
 from ..presets import LoadedPreset
@@ -55,8 +56,8 @@ def run(
         autoencoder_weights=AUTOENCODER_FILE if config.autoencoder.kind is AutoencoderKind.CONV else None,
     )
     run_seed = int(stored.get("seed", 0)) if seed is None else seed
-    if resume and str(run_seed) != stored.get("seed"):
-        raise UsageError(f"--seed {seed}: the run in {out} has seed {stored.get('seed')}; leave out --seed")
+    if resume and run_seed != int(stored["seed"]):
+        raise UsageError(f"--seed {seed}: the run in {out} has seed {stored['seed']}; leave out --seed")
     if data is None and stored.get("origin"):
         data = Path(stored["origin"])
     fit = Aspect(aspect or stored.get("aspect") or Aspect.STRETCH)
@@ -113,12 +114,17 @@ def _check_folder(out: Path, resume: bool) -> dict[str, str]:
 
     Raises:
         UsageError: there is no run to resume, or one that would be overwritten, or no folder to write to.
+        UserError: what is there is no training state.
     """
     state = out / STATE_FILE
     if resume:
         if not state.is_file():
             raise UsageError(f"--out {out}: no {STATE_FILE} there, so there is nothing to resume")
-        return load_metadata(state)
+        stored = load_metadata(state)
+        known = stored.get("aspect", Aspect.STRETCH) in list(Aspect)
+        if not known or not re.fullmatch(r"[0-9]{1,20}", stored.get("seed", "")):
+            raise UserError(f"{state}: its metadata has no seed, or an unknown aspect; not a training state")
+        return stored
     if state.is_file():
         raise UsageError(f"--out {out}: holds a run already; go on with --resume, or choose another folder")
     if (out / WEIGHTS_FILE).exists():
