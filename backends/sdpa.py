@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ca2vdm_backends.eager import EagerBackend
 from ca2vdm_cli.attention import Backend
 from ca2vdm_cli.hookspecs import hookimpl
 
@@ -22,8 +23,11 @@ def _flash_attn() -> Callable[..., Any] | None:
     return flash_attn_func
 
 
-class SdpaBackend(Backend):
+class SdpaBackend(EagerBackend):
     """Fused attention. PyTorch picks among flash, memory-efficient, cuDNN and math kernels by device, type and mask.
+
+    Training in half precision on a CPU is left to the plain products: PyTorch's fused backward takes some twenty times
+    as long there as the matrix products that it is made of.
 
     With the flash-attn package on a GPU, unmasked half-precision attention goes there instead. That path was never run
     by the authors, who had no such GPU.
@@ -42,6 +46,8 @@ class SdpaBackend(Backend):
         if self._flash_attn is not None and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
             out: Tensor = self._flash_attn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (N, Q, H, E)
             return out.transpose(1, 2)
+        if q.device.type == "cpu" and q.requires_grad and q.dtype is not torch.float32:
+            return super().attend(q, k, v, mask)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

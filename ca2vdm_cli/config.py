@@ -76,6 +76,24 @@ class Schedule(str, Enum):
     """It falls to zero along half a cosine, at the last step."""
 
 
+class Optimizer(str, Enum):
+    """What turns gradients into steps."""
+
+    ADAMW = "adamw"
+    """AdamW for every parameter (published)."""
+    MUON = "muon"
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest; needs PyTorch 2.9."""
+
+
+class Precision(str, Enum):
+    """What training computes in; weights and moments are float32 always."""
+
+    FLOAT32 = "float32"
+    """Single precision."""
+    BFLOAT16 = "bfloat16"
+    """Matrix products in bfloat16 (autocast); pays where the processor multiplies it natively."""
+
+
 class AutoencoderKind(str, Enum):
     """What turns frames into latents."""
 
@@ -191,9 +209,14 @@ class ModelConfig:
         return (self.latent_height // self.patch_size) * (self.latent_width // self.patch_size)
 
     @property
+    def window_frames(self) -> int:
+        """Frames of a full window and a chunk: P_max + l."""
+        return self.context_frames + self.chunk_frames
+
+    @property
     def table_length(self) -> int:
         """Entries of the temporal position table (33 in the paper)."""
-        return self.position_table or self.context_frames + self.chunk_frames
+        return self.position_table or self.window_frames
 
     @property
     def out_channels(self) -> int:
@@ -307,8 +330,14 @@ class TrainingConfig:
     """Optimizer steps."""
     batch_size: Count = 8
     """Clips per step."""
+    optimizer: Optimizer = Optimizer.ADAMW
+    """What turns gradients into steps."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """AdamW's peak learning rate."""
+    muon_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    """Muon's peak learning rate, scaled to AdamW's size of step (Liu et al. 2025); a few times AdamW's is a start."""
+    precision: Precision = Precision.FLOAT32
+    """What training computes in."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -322,6 +351,12 @@ class TrainingConfig:
     prefix_lengths: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Prefix lengths that each step draws one from; by default 1, 1+l, 1+2l, … (published), and 0, the empty context,
     with ``diffusion.unconditional_start``."""
+    parallel_chunks: bool = False
+    """Train every chunk of a clip in one forward that shares the clean frames; ``prefix_lengths`` then says where the
+    first chunk begins, by default 1, or 0 with ``diffusion.unconditional_start``."""
+    clip_frames: Count | None = None
+    """Frames of a clip with ``parallel_chunks``; by default a full window and a chunk. In a longer one clean frames
+    leave the window as they do when a long video is generated (window eviction)."""
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1, noisier timesteps are drawn more often (Esser et al. 2024); 1 draws all alike (published)."""
     variance_weight: Annotated[float, Field(ge=0)] = 1e-3

@@ -70,14 +70,21 @@ class NoiseProcess:
             return (x - sigma * prediction) / alpha, prediction
         return alpha * x - sigma * prediction, sigma * x + alpha * prediction
 
-    def perturb_prefix(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Clean frames with a little noise, as the weights expect them, where they were trained so."""
-        if self.config.prefix_noise is None:
+    def perturb_prefix(self, latents: Tensor, chunk: int, generator: torch.Generator | None = None) -> Tensor:
+        """Clean frames (B, C, T, h, w) with a little noise, as the weights expect them, where they were trained so.
+
+        The level is drawn once for every ``chunk`` frames, counted from the end: as frames are written to the cache.
+        """
+        if self.config.prefix_noise is None or not latents.shape[2]:
             return latents
         low, high = self.config.prefix_noise
-        level = torch.randint(low, high + 1, (latents.shape[0],), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        return self.add_noise(latents, noise, level).to(latents.dtype)
+        sizes = [latents.shape[2] % chunk, *[chunk] * (latents.shape[2] // chunk)]
+        parts = []
+        for part in latents.split(sizes, dim=2):
+            level = torch.randint(low, high + 1, (latents.shape[0],), generator=generator)
+            noise = torch.randn(part.shape, generator=generator).to(latents)
+            parts.append(self.add_noise(part, noise, level).to(latents.dtype))
+        return torch.cat(parts, dim=2)
 
 
 def training_loss(
@@ -86,6 +93,7 @@ def training_loss(
     clip: Tensor,
     prefix: int,
     *,
+    chunks: int = 1,
     timestep_shift: float = 1.0,
     variance_weight: float = 1e-3,
     generator: torch.Generator | None = None,
@@ -96,44 +104,55 @@ def training_loss(
     Args:
         model: the network.
         process: its noise process.
-        clip: latents (B, C, T, h, w), T at least prefix + l; what is beyond is left out.
-        prefix: clean frames P, which carry timestep 0; the loss is on the l frames after them.
+        clip: latents (B, C, T, h, w), T at least prefix + chunks · l; what is beyond is left out.
+        prefix: clean frames P before the first chunk; clean frames carry timestep 0.
+        chunks: J; the loss is on the J chunks of l frames after the prefix, each conditioned on the clean frames before
+            it and noised to a timestep of its own. They share one pass over the clean frames.
         timestep_shift: above 1, noisier timesteps are drawn more often.
         variance_weight: weight of the variational bound (0.001 in Nichol & Dhariwal 2021).
         generator: CPU generator of timesteps, noise and position offsets.
         text: embedding (B, M, text_channels) and mask (B, M) for models with text.
 
     Returns:
-        The loss, and its terms by name for the log.
+        The loss, mean over the chunks, and its terms by name for the log.
     """
     config = model.config
     batch, chunk = clip.shape[0], config.chunk_frames
-    clean, target_latents = clip[:, :, :prefix], clip[:, :, prefix : prefix + chunk]
-    timestep = process.draw_timesteps(batch, timestep_shift, generator)
-    noise = torch.randn(target_latents.shape, generator=generator).to(clip.device)
-    x = process.add_noise(target_latents, noise, timestep)
+    frames = prefix + chunks * chunk
+    clean = clip[:, :, : frames - chunk]
+    latents = _by_chunk(clip[:, :, prefix:frames], chunks)  # (B*J, C, l, h, w)
+    timestep = process.draw_timesteps(batch * chunks, timestep_shift, generator)
+    noise = torch.randn(latents.shape, generator=generator).to(clip.device)
+    x = process.add_noise(latents, noise, timestep)
 
-    clock = FrameClock(config, sink_frames=0)
-    plan = model.context_plan(chunk, prefix, clock)
-    if prefix + chunk == clock.slots and config.temporal_positions is not TemporalPositions.ROPE:
+    clock = FrameClock(config, sink_frames=None if chunks > 1 else 0)
+    plan = model.context_plan(chunk, prefix, clock) if chunks == 1 else model.parallel_plan(prefix, chunks, clock)
+    if frames >= clock.slots and config.temporal_positions is not TemporalPositions.ROPE:
         # full clips start anywhere: in a table that wraps at every entry, in one that does not where they still fit
         cyclic = config.temporal_positions is TemporalPositions.CYCLIC
-        starts = clock.table if cyclic else clock.table - clock.slots + 1
+        starts = clock.table if cyclic else clock.table - frames + 1
         offset = torch.randint(starts, (batch, 1), generator=generator).to(clip.device)
         plan = replace(plan, positions=(plan.positions + offset) % clock.table)
     keys_values = model.text_keys_values(*text) if text is not None else []
 
-    inputs = torch.cat([process.perturb_prefix(clean, generator), x], dim=2)
-    out = model(inputs, timestep.to(clip.device), plan, text=keys_values).float()
+    noisy = x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)  # (B, C, J*l, h, w)
+    inputs = torch.cat([process.perturb_prefix(clean, chunk, generator), noisy], dim=2)
+    steps = timestep.view(batch, chunks).to(clip.device)
+    out = _by_chunk(model(inputs, steps, plan, text=keys_values).float(), chunks)
     prediction, variance = out[:, : config.in_channels], out[:, config.in_channels :]
-    mse = F.mse_loss(prediction, process.target(target_latents, noise, timestep))
+    mse = F.mse_loss(prediction, process.target(latents, noise, timestep))
     terms = {"mse": mse.item()}
     loss = mse
     if config.learn_variance:
-        bound = variational_bound(process, target_latents, x, timestep, prediction.detach(), variance)
+        bound = variational_bound(process, latents, x, timestep, prediction.detach(), variance)
         loss = mse + variance_weight * process.config.train_timesteps * bound
         terms["bound"] = bound.item()
     return loss, terms
+
+
+def _by_chunk(x: Tensor, chunks: int) -> Tensor:
+    """(B, C, J*l, h, w) -> (B*J, C, l, h, w): every chunk is noised and judged on its own."""
+    return x.unflatten(2, (chunks, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def posterior(beta: Tensor, previous: Tensor, current: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Frames in time: where frame f sits, what a chunk sees, and how the frames of one forward relate to each other.
 
-Shape letters: B batch, T frames of this forward, S tokens a frame, E head size, R slots of the temporal ring, K frames
-of the spatial prefix.
+Shape letters: B batch, T frames of this forward, J noisy chunks among them, S tokens a frame, E head size, R slots of
+the temporal ring, K frames of the spatial prefix.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ class FramePlan:
     """(T, K) bool: which frames a frame sees; K is T without a cache and R with one."""
     rotation: tuple[Tensor, Tensor] | None = None
     """rope: cosines and sines (T, E) of the frames' rotation."""
+    prefix_frames: Tensor | None = None
+    """(J, K) int64, without a cache: which clean frames the frames of each noisy chunk look at."""
+    prefix_seen: Tensor | None = None
+    """(J, K) bool: which of these exist, where chunks differ in that; None where all do. A chunk without any adds
+    nothing in prefix-enhanced attention."""
     slots: Tensor | None = None
     """(T,) int64: where the frames' temporal keys go in the ring; None without a cache."""
     spatial_source: Tensor | None = None
@@ -146,7 +151,65 @@ def sequence_plan(
     frames = clean_frames + noisy_frames
     mask = within_chunk_mask(frames, clean_frames, config.causality)
     turns = rotation(config, positions, device)
-    return FramePlan(clean_frames, recurs, positions.to(device), mask.to(device), turns)
+    looked_at = torch.tensor([_spatial_prefix(config, clean_frames)], dtype=torch.int64).to(device)
+    return FramePlan(clean_frames, recurs, positions.to(device), mask.to(device), turns, looked_at)
+
+
+def _spatial_prefix(config: ModelConfig, clean_frames: int) -> list[int]:
+    """The clean frames that prefix-enhanced attention looks at, of so many before the chunk."""
+    if config.spatial_prefix is SpatialPrefix.FIRST_FRAME:
+        return [0][:clean_frames]
+    return list(range(max(0, clean_frames - config.spatial_prefix_frames), clean_frames))
+
+
+def parallel_plan(config: ModelConfig, clock: FrameClock, first: int, chunks: int, device: torch.device) -> FramePlan:
+    """The plan of one forward that trains every chunk of a clip: its clean frames once, then noisy copies of the chunks.
+
+    Noisy chunk j sees the clean frames that the cache queue would hold when it is generated, and itself. A clean frame
+    sees what it would have seen when it was written to the queue. So a clip longer than the window is learned under
+    the very eviction that a long video is generated with.
+
+    Args:
+        first: clean frames before the first noisy chunk.
+        chunks: J; the clip has first + J·l frames, of which the last chunk's are not needed clean.
+
+    Raises:
+        UsageError: rope sinks move along with the window, which positions shared by all chunks can't express.
+    """
+    length, frames = config.chunk_frames, first + chunks * config.chunk_frames
+    if clock.sink_frames and clock.sink_shift(frames - length):
+        raise UsageError(
+            f"training.clip_frames: a clip of {frames} frames outgrows the window, and rope positions with sink_frames "
+            f"then differ from chunk to chunk; train on at most {clock.slots} frames, or without sinks"
+        )
+    clean = frames - length
+    starts = range(first, frames, length)
+    mask = torch.zeros(clean + chunks * length, clean + chunks * length, dtype=torch.bool)
+    mask[:first, :first] = within_chunk_mask(first, first, config.causality)
+    looked_at = torch.zeros(chunks, max(1, config.spatial_prefix_frames), dtype=torch.int64)
+    seen = torch.zeros_like(looked_at, dtype=torch.bool)
+    for j, start in enumerate(starts):
+        noisy = slice(clean + j * length, clean + (j + 1) * length)
+        written = slice(start, min(start + length, clean))
+        mask[noisy, noisy] = within_chunk_mask(length, 0, config.causality)
+        mask[written, written] = within_chunk_mask(written.stop - start, written.stop - start, config.causality)
+        for rows in (noisy, written):
+            mask[rows, clock.context(start)] = True
+        prefix = _spatial_prefix(config, start)
+        looked_at[j, : len(prefix)] = torch.tensor(prefix)
+        seen[j, : len(prefix)] = True
+    numbers = [*range(clean), *range(first, frames)]
+    positions = torch.tensor([clock.position(f, start=0) for f in numbers])
+    turns = rotation(config, positions, device)
+    return FramePlan(
+        clean_frames=clean,
+        recurs=True,
+        positions=positions.to(device),
+        temporal_mask=mask.to(device),
+        rotation=turns,
+        prefix_frames=looked_at.to(device),
+        prefix_seen=seen.to(device),
+    )
 
 
 def rope_angles(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:

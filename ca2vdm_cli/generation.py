@@ -78,7 +78,7 @@ class SeededNoise:
     def perturb(self, process: NoiseProcess, latents: Tensor) -> Tensor:
         """Prefix perturbation, a video at a time."""
         videos = zip(latents.split(1), self._generators, strict=True)
-        return torch.cat([process.perturb_prefix(one, generator) for one, generator in videos])
+        return torch.cat([process.perturb_prefix(one, self.shape[1], generator) for one, generator in videos])
 
     def _draw(self, shape: tuple[int, ...]) -> Tensor:
         return torch.stack([torch.randn(shape, generator=g) for g in self._generators]).to(self.device)

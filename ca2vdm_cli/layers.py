@@ -1,7 +1,7 @@
 """The layers of the transformer: embeddings, the four attentions, the MLP.
 
-Parameter names are those of the published checkpoint. Shape letters: B batch, T frames (P clean, L noisy), S tokens a
-frame, D width, H heads, E head size, R slots of the temporal ring, K frames of the spatial prefix, M text tokens.
+Parameter names are those of the published checkpoint. Shape letters: B batch, T frames (P clean, L noisy in J chunks of
+l), S tokens a frame, D width, H heads, E head size, R slots of the temporal ring, K frames of the spatial prefix, M text tokens.
 """
 
 from __future__ import annotations
@@ -130,7 +130,6 @@ class PrefixAttention(SelfAttention):
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__(config, backend)
         self.first_frame = config.spatial_prefix is SpatialPrefix.FIRST_FRAME
-        self.prefix_frames = config.spatial_prefix_frames
 
     def forward(self, x: Tensor, plan: FramePlan, cache: LayerCache | None) -> Tensor:
         """(B, T, S, D) -> (B, T, S, D); a clean write also fills the spatial cache."""
@@ -146,9 +145,7 @@ class PrefixAttention(SelfAttention):
             out = self._look(noisy, cache.spatial_k.flatten(2, 3), cache.spatial_v.flatten(2, 3), plan.spatial_mask)
             outs.append(torch.where(plan.has_prefix, out, 0))
         elif noisy.shape[1] and clean.shape[1]:
-            frames = slice(0, 1) if self.first_frame else slice(-self.prefix_frames, None)
-            k, v = (part[:, frames].flatten(1, 2).transpose(1, 2) for part in (keys, values))  # (B, H, K*S, E)
-            outs.append(self._look(noisy, k, v))
+            outs.append(self._look_by_chunk(noisy, keys, values, plan))
         elif noisy.shape[1]:
             outs.append(torch.zeros_like(noisy))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
@@ -171,6 +168,24 @@ class PrefixAttention(SelfAttention):
             assert cache.spatial_k is not None and cache.spatial_v is not None
             return self._look(x, cache.spatial_k.flatten(2, 3), cache.spatial_v.flatten(2, 3))
         return self._look(x, keys[:, 0].transpose(1, 2), values[:, 0].transpose(1, 2))
+
+    def _look_by_chunk(self, noisy: Tensor, keys: Tensor, values: Tensor, plan: FramePlan) -> Tensor:
+        """Each of the J noisy chunks of (B, J*l, S, D) looks at its own K of the clean frames' keys (B, P, S, H, E)."""
+        assert plan.prefix_frames is not None
+        chunks, kept = plan.prefix_frames.shape
+        frames = plan.prefix_frames.flatten()
+        k, v = (  # (B*J, H, K*S, E)
+            part.index_select(1, frames).unflatten(1, (chunks, kept)).flatten(0, 1).flatten(1, 2).transpose(1, 2)
+            for part in (keys, values)
+        )
+        by_chunk = noisy.unflatten(1, (chunks, -1)).flatten(0, 1)  # (B*J, l, S, D)
+        if plan.prefix_seen is None:
+            return self._look(by_chunk, k, v).view_as(noisy)
+        exists = plan.prefix_seen.any(dim=1)
+        mask = plan.prefix_seen | ~exists[:, None]  # every query has to see something; what it saw is dropped below
+        mask = mask.repeat_interleave(noisy.shape[2], dim=1)[:, None, None].repeat(noisy.shape[0], 1, 1, 1)
+        out = self._look(by_chunk, k, v, mask).view_as(noisy)
+        return torch.where(exists.repeat_interleave(by_chunk.shape[1])[:, None, None], out, 0)
 
     def _look(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """All frames of x (B, T, S, D) look at the same keys (B, H, K*S, E): one call with T*S queries."""

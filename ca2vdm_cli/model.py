@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attention import Backend
 from .config import ModelConfig, SpatialPrefix, TemporalPositions
-from .frame_plan import FrameClock, FramePlan, sequence_plan
+from .frame_plan import FrameClock, FramePlan, parallel_plan, sequence_plan
 from .kv_cache import KVCache, LayerCache, TextKeysValues
 from .layers import (
     CaptionEmbedder,
@@ -91,8 +91,8 @@ class CausalVideoTransformer(nn.Module):
         Args:
             latents: (B, C, T, h, w), the plan's clean frames first. With a cache all frames are of one kind: noisy ones
                 read it, clean ones are written to it (and counted, see ``KVCache.commit``).
-            timestep: (B,) of the noisy frames; clean frames are at 0 by definition.
-            plan: from ``sequence_plan`` without a cache, or ``KVCache.plan`` with one.
+            timestep: (B,) of the noisy frames, or (B, J) of J noisy chunks; clean frames are at 0 by definition.
+            plan: from ``sequence_plan`` or ``parallel_plan`` without a cache, or ``KVCache.plan`` with one.
             cache: finished frames of this video, changed in place.
             text: from ``text_keys_values``; by default the cache's.
 
@@ -133,6 +133,10 @@ class CausalVideoTransformer(nn.Module):
         full = len(window) == clock.context_frames
         return sequence_plan(self.config, len(window), noisy_frames, positions, self.device, recurs=full)
 
+    def parallel_plan(self, first: int, chunks: int, clock: FrameClock) -> FramePlan:
+        """The plan that trains ``chunks`` chunks in one forward, the first after ``first`` clean frames."""
+        return parallel_plan(self.config, clock, first, chunks, self.device)
+
     def text_keys_values(self, embedding: Tensor, mask: Tensor) -> list[TextKeysValues]:
         """Every block's keys and values of a caption, computed once a prompt.
 
@@ -155,13 +159,14 @@ class CausalVideoTransformer(nn.Module):
         return embedding, torch.ones(embedding.shape[:2], dtype=torch.bool, device=embedding.device)
 
     def _embed_timesteps(self, timestep: Tensor, clean: int, frames: int) -> Tensor:
-        """(B,) -> (B, T, D): 0 for clean frames, the given timestep for noisy ones; once a frame, not a token."""
+        """(B,) or (B, J) -> (B, T, D): 0 for clean frames, the given for noisy ones; once a frame, not a token."""
         batch = timestep.shape[0]
         parts = []
         if clean:
             parts.append(self.t_embedder(timestep.new_zeros(1))[None].expand(batch, clean, -1))
         if frames > clean:
-            parts.append(self.t_embedder(timestep)[:, None].expand(batch, frames - clean, -1))
+            of_chunks = self.t_embedder(timestep.flatten()).unflatten(0, (batch, -1))  # (B, J, D)
+            parts.append(of_chunks.repeat_interleave((frames - clean) // of_chunks.shape[1], dim=1))
         return torch.cat(parts, dim=1)
 
     def _unpatchify(self, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Answering(nn.Module):
         return FramePlan(clean, False, positions, torch.ones(frames, frames, dtype=torch.bool))
 
     def forward(self, inputs: Tensor, timestep: Tensor, plan: FramePlan, text: object = None) -> Tensor:
-        self.inputs, self.timestep, self.plan = inputs, timestep, plan
+        self.inputs, self.timestep, self.plan = inputs, timestep.flatten(), plan
         return self.answer
 
 

@@ -59,7 +59,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that the next step depends on, and the average."""
     tensors = {f"model.{key}": value.clone() for key, value in trainer.model.state_dict().items()}
     tensors |= {f"average.{key}": value.clone() for key, value in trainer.average.items()}
-    for index, moments in trainer.optimizer.state_dict()["state"].items():
+    for index, moments in trainer.optimizers["adamw"].state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value.clone() for key, value in moments.items()}
     return tensors
 
