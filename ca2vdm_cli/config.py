@@ -56,6 +56,8 @@ class Prediction(str, Enum):
     """The noise that was added (published)."""
     V = "v"
     """alpha · noise - sigma · latent (Salimans & Ho 2022); better behaved with few steps."""
+    FLOW = "flow"
+    """noise - latent, the velocity of flow matching (Lipman et al. 2023)."""
 
 
 class BetaSchedule(str, Enum):
@@ -65,6 +67,8 @@ class BetaSchedule(str, Enum):
     """Betas evenly spaced from 1e-4 to 2e-2 (published)."""
     COSINE = "cosine"
     """Squared-cosine cumulative product (Nichol & Dhariwal 2021)."""
+    FLOW = "flow"
+    """Straight paths between latents and noise, as ``prediction: flow`` needs them (rectified flow)."""
 
 
 class Schedule(str, Enum):
@@ -85,6 +89,15 @@ class Optimizer(str, Enum):
     """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest; needs PyTorch 2.9."""
 
 
+class Trainable(str, Enum):
+    """Which weights training changes."""
+
+    ALL = "all"
+    """All of them."""
+    TEMPORAL = "temporal"
+    """Those that video adds to an image model: temporal and prefix-enhanced attention."""
+
+
 class Precision(str, Enum):
     """What training computes in; weights and moments are float32 always."""
 
@@ -103,6 +116,51 @@ class AutoencoderKind(str, Enum):
     """The small convolutional autoencoder of this package."""
     DIFFUSERS = "diffusers"
     """An ``AutoencoderKL`` of the diffusers library (extra ``latent``)."""
+
+
+class DataFormat(str, Enum):
+    """How a data set lies on disk."""
+
+    AUTO = "auto"
+    """Guessed from the files."""
+    VIDEOS = "videos"
+    """Video files in nested folders, or one video file."""
+    FRAMES = "frames"
+    """Folders of images, each a video (SkyTimelapse, BAIR as images)."""
+    UCF101 = "ucf101"
+    """UCF-101: class folders and the official lists."""
+    BAIR = "bair"
+    """BAIR robot pushing: TFRecords."""
+    MOVING_MNIST = "moving-mnist"
+    """Moving MNIST: an ``.npy`` of shape (T, N, H, W)."""
+    JSONL = "jsonl"
+    """A file whose lines have ``path`` and perhaps ``text`` (MSR-VTT and the like)."""
+    MOVING_DIGITS = "moving-digits"
+    """Made on the fly by the preset's ``synthetic_data``."""
+
+
+class Split(str, Enum):
+    """Which part of a data set is read."""
+
+    TRAIN = "train"
+    """What is meant for training; everything where the data set has no parts."""
+    TEST = "test"
+    """What is meant for testing."""
+    ALL = "all"
+    """Everything."""
+
+
+class Crop(str, Enum):
+    """How a training frame of another shape is brought to the model's."""
+
+    STRETCH = "stretch"
+    """The whole frame, distorted."""
+    CROP = "crop"
+    """The largest centred region of the model's shape."""
+    PAD = "pad"
+    """The whole frame between black bars."""
+    RANDOM = "random"
+    """As ``crop``, at a random place that is the same for all frames of a clip."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -236,11 +294,24 @@ class DiffusionConfig:
     """What the network predicts."""
     prefix_noise: tuple[int, int] | None = None
     """Perturb clean prefix frames with noise of a timestep drawn from this range, in training and sampling alike."""
+    progressive_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Correlate each frame's noise with that of the frame before in its chunk, by this alpha / sqrt(1 + alpha²)
+    (Ge et al. 2023), in training and sampling alike; 0 leaves frames independent."""
     unconditional_start: bool = False
     """Whether the weights were trained to begin from an empty context; otherwise sampling asks for a first frame."""
 
+    @property
+    def flow(self) -> bool:
+        """Whether latents and noise are mixed along straight paths."""
+        return self.beta_schedule is BetaSchedule.FLOW
+
     @model_validator(mode="after")
     def _check(self) -> DiffusionConfig:
+        if self.flow != (self.prediction is Prediction.FLOW):
+            raise ValueError(
+                f"prediction: {self.prediction.value} does not go with beta_schedule {self.beta_schedule.value}; flow "
+                "goes with flow, and the others with each other"
+            )
         if self.prefix_noise is not None:
             low, high = self.prefix_noise
             if not 0 <= low <= high < self.train_timesteps:
@@ -323,13 +394,39 @@ class SyntheticDataConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """How clips are drawn from a data set."""
+
+    format: DataFormat = DataFormat.AUTO
+    """How the data set lies on disk."""
+    split: Split = Split.TRAIN
+    """Which part of the data set is read."""
+    split_list: Literal[1, 2, 3] = 1
+    """UCF-101: which of the three official train/test lists."""
+    stride: Count = 1
+    """Frames of the video from one frame of a clip to the next."""
+    crop: Crop = Crop.STRETCH
+    """How a frame of another shape is brought to the model's; ``train --aspect`` overrides it."""
+    flip: bool = False
+    """Mirror half of the clips, left to right."""
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None
+    """Processes that make batches ahead, 0 for none; by default 2 where frames are decoded, else none."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class TrainingConfig:
     """The clean-prefix objective and its optimizer."""
 
     steps: Count = 10_000
     """Optimizer steps."""
     batch_size: Count = 8
-    """Clips per step."""
+    """Clips per step, over all processes and gradient accumulation together."""
+    accumulation: Count = 1
+    """Parts that each process's share of a step's clips is worked through in (gradient accumulation)."""
+    gradient_checkpointing: bool = False
+    """Keep the blocks' inputs only and compute the rest again for the gradient: less memory, a third more time."""
+    trainable: Trainable = Trainable.ALL
+    """Which weights training changes."""
     optimizer: Optimizer = Optimizer.ADAMW
     """What turns gradients into steps."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
@@ -351,6 +448,9 @@ class TrainingConfig:
     prefix_lengths: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Prefix lengths that each step draws one from; by default 1, 1+l, 1+2l, … (published), and 0, the empty context,
     with ``diffusion.unconditional_start``."""
+    prefix_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """How often each of the prefix lengths is drawn, relative to the others; by default all alike. The share of the
+    empty prefix is the image dropout that guidance by the context needs."""
     parallel_chunks: bool = False
     """Train every chunk of a clip in one forward that shares the clean frames; ``prefix_lengths`` then says where the
     first chunk begins, by default 1, or 0 with ``diffusion.unconditional_start``."""
@@ -363,6 +463,12 @@ class TrainingConfig:
     """Weight of the variational term that trains the variance channels."""
     checkpoint_every: Count = 500
     """Steps between checkpoints."""
+    keep_checkpoints: Count = 2
+    """How many of the last checkpoints stay."""
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between validations: held-out loss, and a video and contact sheet from fixed seeds; 0 for none."""
+    validation_clips: Count = 16
+    """Clips that the held-out loss is measured on."""
     autoencoder_steps: Annotated[int, Field(ge=0)] = 0
     """conv autoencoder: steps of its own training, before the model's, when it has no weights."""
     autoencoder_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -391,6 +497,8 @@ class Preset:
     """How to train."""
     synthetic_data: SyntheticDataConfig | None = None
     """Training data made on the fly; without it ``train`` needs ``--data``."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """How clips are drawn from a data set."""
     weights: str | None = None
     """The model's safetensors file, beside the preset's own."""
     autoencoder_weights: str | None = None
@@ -410,11 +518,19 @@ class Preset:
                     )
         if self.synthetic_data is not None and self.video is None:
             raise ValueError("synthetic_data: needs a video section")
+        if self.diffusion.flow and self.model.learn_variance:
+            raise ValueError("model.learn_variance: true needs a variance-preserving process, not beta_schedule flow")
         prefixes = self.training.prefix_lengths or ()
         if prefixes and 0 not in prefixes and self.diffusion.unconditional_start:
             raise ValueError(
                 f"training.prefix_lengths: {list(prefixes)} must have 0, the empty context, when "
                 "diffusion.unconditional_start is true"
+            )
+        weights = self.training.prefix_weights
+        if weights is not None and (len(weights) != len(prefixes) or not sum(weights)):
+            raise ValueError(
+                f"training.prefix_weights: {list(weights)} must have one number for each of training.prefix_lengths "
+                f"{list(prefixes)}, and not be all 0"
             )
         for prefix in prefixes:
             if prefix > self.model.context_frames:
@@ -422,4 +538,9 @@ class Preset:
                     f"training.prefix_lengths: {prefix} must be at most model.context_frames = "
                     f"{self.model.context_frames}"
                 )
+        training, longest = self.training, max(prefixes, default=0) + self.model.chunk_frames
+        if training.clip_frames is not None and not training.parallel_chunks:
+            raise ValueError(f"training.clip_frames: {training.clip_frames} needs training.parallel_chunks")
+        if training.clip_frames is not None and training.clip_frames < longest:
+            raise ValueError(f"training.clip_frames: {training.clip_frames} must be at least {longest}, a whole chunk")
         return self

@@ -1,4 +1,4 @@
-"""The noise process and the training objective: clean prefix at timestep 0, loss on the noisy chunk (section 3.2).
+"""The noise process: how latents are noised, what the network predicts, and the variational bound of a step.
 
 Shape letters: B batch, C channels, T frames, h, w latent size.
 """
@@ -6,15 +6,11 @@ Shape letters: B batch, C channels, T frames, h, w latent size.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .config import BetaSchedule, DiffusionConfig, Prediction, TemporalPositions
-from .frame_plan import FrameClock
-from .model import CausalVideoTransformer
+from .config import BetaSchedule, DiffusionConfig, Prediction
 
 
 def _cumulative_products(config: DiffusionConfig) -> Tensor:
@@ -28,22 +24,37 @@ def _cumulative_products(config: DiffusionConfig) -> Tensor:
 
 
 class NoiseProcess:
-    """Variance-preserving diffusion: x_t = alpha_t · latent + sigma_t · noise, alpha² + sigma² = 1."""
+    """x_t = alpha_t · latent + sigma_t · noise: variance-preserving diffusion, or the straight paths of flow matching.
+
+    Variance-preserving: alpha² + sigma² = 1. Flow matching (Lipman et al. 2023, Liu et al. 2023): alpha + sigma = 1,
+    and timestep t of N stands for sigma = (t + 1) / (N + 1), so that both are above zero always.
+    """
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
-        self.cumulative = _cumulative_products(config)
-        """(train_timesteps,) float64: alpha²."""
-        self.half_log_snr = 0.5 * (self.cumulative.log() - (1 - self.cumulative).log())
+        if config.flow:
+            n = config.train_timesteps
+            self.sigma = torch.arange(1, n + 1, dtype=torch.float64) / (n + 1)
+            self.alpha = 1 - self.sigma
+        else:
+            kept = _cumulative_products(config)
+            self.alpha, self.sigma = kept.sqrt(), (1 - kept).sqrt()
+        """(train_timesteps,) float64 each."""
+        self.half_log_snr = self.alpha.log() - self.sigma.log()
         """(train_timesteps,) float64: log(alpha / sigma)."""
 
-    def alpha_sigma(self, timestep: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """alpha and sigma (B, 1, 1, 1, 1) float32 of integer timesteps (B,).
+    @property
+    def cumulative(self) -> Tensor:
+        """(train_timesteps,) float64: alpha² of a variance-preserving process."""
+        return self.alpha**2
 
-        Timesteps are best kept on the CPU, where the table is: looking them up then never waits for a GPU.
+    def alpha_sigma(self, timestep: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """alpha and sigma (B, 1, 1 or T, 1, 1) float32 of integer timesteps (B,), or (B, T) with one a frame.
+
+        Timesteps are best kept on the CPU, where the tables are: looking them up then never waits for a GPU.
         """
-        kept = self.cumulative[timestep.cpu()][:, None, None, None, None]
-        return kept.sqrt().float().to(device), (1 - kept).sqrt().float().to(device)
+        index = timestep.cpu().view(timestep.shape[0], 1, -1, 1, 1)
+        return self.alpha[index].float().to(device), self.sigma[index].float().to(device)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Latents (B, C, T, h, w) as they look at timesteps (B,)."""
@@ -60,6 +71,8 @@ class NoiseProcess:
         """What the network should predict."""
         if self.config.prediction is Prediction.EPSILON:
             return noise
+        if self.config.flow:
+            return noise - latents
         alpha, sigma = self.alpha_sigma(timestep, latents.device)
         return alpha * noise - sigma * latents
 
@@ -68,91 +81,41 @@ class NoiseProcess:
         alpha, sigma = self.alpha_sigma(timestep, x.device)
         if self.config.prediction is Prediction.EPSILON:
             return (x - sigma * prediction) / alpha, prediction
+        if self.config.flow:
+            return x - sigma * prediction, x + alpha * prediction
         return alpha * x - sigma * prediction, sigma * x + alpha * prediction
 
-    def perturb_prefix(self, latents: Tensor, chunk: int, generator: torch.Generator | None = None) -> Tensor:
-        """Clean frames (B, C, T, h, w) with a little noise, as the weights expect them, where they were trained so.
+    def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+        """Noise (C, T, h, w) of one chunk on the CPU, standard normal in every frame.
 
-        The level is drawn once for every ``chunk`` frames, counted from the end: as frames are written to the cache.
+        Progressive noise (Ge et al. 2023) takes alpha / sqrt(1 + alpha²) of each frame's from the frame before.
         """
-        if self.config.prefix_noise is None or not latents.shape[2]:
-            return latents
+        noise = torch.randn(shape, generator=generator)
+        alpha = self.config.progressive_noise
+        if alpha:
+            frames = list(noise.unbind(1))
+            for i in range(1, len(frames)):
+                frames[i] = (alpha * frames[i - 1] + frames[i]) / math.sqrt(1 + alpha**2)
+            noise = torch.stack(frames, dim=1)
+        return noise
+
+    def draw_levels(self, frames: int, chunk: int, generator: torch.Generator | None = None) -> Tensor:
+        """Timesteps (frames,) of prefix perturbation: one for every ``chunk`` frames, counted from the end, as they are
+        written to the cache. Empty where the weights were trained on clean frames.
+        """
+        if self.config.prefix_noise is None:
+            return torch.zeros(0, dtype=torch.int64)
         low, high = self.config.prefix_noise
-        sizes = [latents.shape[2] % chunk, *[chunk] * (latents.shape[2] // chunk)]
-        parts = []
-        for part in latents.split(sizes, dim=2):
-            level = torch.randint(low, high + 1, (latents.shape[0],), generator=generator)
-            noise = torch.randn(part.shape, generator=generator).to(latents)
-            parts.append(self.add_noise(part, noise, level).to(latents.dtype))
-        return torch.cat(parts, dim=2)
+        level = torch.randint(low, high + 1, (-(-frames // chunk),), generator=generator)
+        return level.repeat_interleave(chunk)[len(level) * chunk - frames :]
 
-
-def training_loss(
-    model: CausalVideoTransformer,
-    process: NoiseProcess,
-    clip: Tensor,
-    prefix: int,
-    *,
-    chunks: int = 1,
-    timestep_shift: float = 1.0,
-    variance_weight: float = 1e-3,
-    generator: torch.Generator | None = None,
-    text: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, dict[str, float]]:
-    """The clean-prefix objective on one batch.
-
-    Args:
-        model: the network.
-        process: its noise process.
-        clip: latents (B, C, T, h, w), T at least prefix + chunks · l; what is beyond is left out.
-        prefix: clean frames P before the first chunk; clean frames carry timestep 0.
-        chunks: J; the loss is on the J chunks of l frames after the prefix, each conditioned on the clean frames before
-            it and noised to a timestep of its own. They share one pass over the clean frames.
-        timestep_shift: above 1, noisier timesteps are drawn more often.
-        variance_weight: weight of the variational bound (0.001 in Nichol & Dhariwal 2021).
-        generator: CPU generator of timesteps, noise and position offsets.
-        text: embedding (B, M, text_channels) and mask (B, M) for models with text.
-
-    Returns:
-        The loss, mean over the chunks, and its terms by name for the log.
-    """
-    config = model.config
-    batch, chunk = clip.shape[0], config.chunk_frames
-    frames = prefix + chunks * chunk
-    clean = clip[:, :, : frames - chunk]
-    latents = _by_chunk(clip[:, :, prefix:frames], chunks)  # (B*J, C, l, h, w)
-    timestep = process.draw_timesteps(batch * chunks, timestep_shift, generator)
-    noise = torch.randn(latents.shape, generator=generator).to(clip.device)
-    x = process.add_noise(latents, noise, timestep)
-
-    clock = FrameClock(config, sink_frames=None if chunks > 1 else 0)
-    plan = model.context_plan(chunk, prefix, clock) if chunks == 1 else model.parallel_plan(prefix, chunks, clock)
-    if frames >= clock.slots and config.temporal_positions is not TemporalPositions.ROPE:
-        # full clips start anywhere: in a table that wraps at every entry, in one that does not where they still fit
-        cyclic = config.temporal_positions is TemporalPositions.CYCLIC
-        starts = clock.table if cyclic else clock.table - frames + 1
-        offset = torch.randint(starts, (batch, 1), generator=generator).to(clip.device)
-        plan = replace(plan, positions=(plan.positions + offset) % clock.table)
-    keys_values = model.text_keys_values(*text) if text is not None else []
-
-    noisy = x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)  # (B, C, J*l, h, w)
-    inputs = torch.cat([process.perturb_prefix(clean, chunk, generator), noisy], dim=2)
-    steps = timestep.view(batch, chunks).to(clip.device)
-    out = _by_chunk(model(inputs, steps, plan, text=keys_values).float(), chunks)
-    prediction, variance = out[:, : config.in_channels], out[:, config.in_channels :]
-    mse = F.mse_loss(prediction, process.target(latents, noise, timestep))
-    terms = {"mse": mse.item()}
-    loss = mse
-    if config.learn_variance:
-        bound = variational_bound(process, latents, x, timestep, prediction.detach(), variance)
-        loss = mse + variance_weight * process.config.train_timesteps * bound
-        terms["bound"] = bound.item()
-    return loss, terms
-
-
-def _by_chunk(x: Tensor, chunks: int) -> Tensor:
-    """(B, C, J*l, h, w) -> (B*J, C, l, h, w): every chunk is noised and judged on its own."""
-    return x.unflatten(2, (chunks, -1)).transpose(1, 2).flatten(0, 1)
+    def perturb_prefix(self, latents: Tensor, chunk: int, generator: torch.Generator | None = None) -> Tensor:
+        """One video's clean frames (1, C, T, h, w) with a little noise, where the weights were trained so."""
+        levels = self.draw_levels(latents.shape[2], chunk, generator)
+        if not len(levels):
+            return latents
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        return self.add_noise(latents, noise, levels[None]).to(latents.dtype)
 
 
 def posterior(beta: Tensor, previous: Tensor, current: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -170,7 +133,7 @@ def posterior(beta: Tensor, previous: Tensor, current: Tensor) -> tuple[Tensor, 
 def variational_bound(
     process: NoiseProcess, latents: Tensor, x: Tensor, timestep: Tensor, prediction: Tensor, variance: Tensor
 ) -> Tensor:
-    """One step's term of the variational bound in bits per dimension (Nichol & Dhariwal 2021), mean over the batch.
+    """One step's term of the variational bound in bits per dimension (Nichol & Dhariwal 2021), (B,).
 
     KL divergence of the model's step from the true posterior; at timestep 0 the Gaussian negative log-likelihood of the
     latents. Only the variance channels get a gradient: pass the prediction detached.
@@ -192,7 +155,7 @@ def variational_bound(
         log_variance - log_min - 1 + (log_min - log_variance).exp() + (true_mean - mean) ** 2 / log_variance.exp()
     )
     nll = 0.5 * (math.log(2 * math.pi) + log_variance + (latents - mean) ** 2 * (-log_variance).exp())
-    return torch.where(first, nll, kl).mean() / math.log(2)
+    return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
 def _first_log_variance(process: NoiseProcess) -> float:

@@ -163,7 +163,7 @@ def _spatial_prefix(config: ModelConfig, clean_frames: int) -> list[int]:
 
 
 def parallel_plan(config: ModelConfig, clock: FrameClock, first: int, chunks: int, device: torch.device) -> FramePlan:
-    """The plan of one forward that trains every chunk of a clip: its clean frames once, then noisy copies of the chunks.
+    """The plan of one forward that trains all chunks of a clip: its clean frames once, then noisy copies of the chunks.
 
     Noisy chunk j sees the clean frames that the cache queue would hold when it is generated, and itself. A clean frame
     sees what it would have seen when it was written to the queue. So a clip longer than the window is learned under

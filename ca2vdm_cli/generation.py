@@ -31,7 +31,7 @@ class NoiseSource(Protocol):
     def chunk(self, index: int) -> None:
         """Begin chunk ``index``; -1 is the context that a video is given."""
 
-    def initial(self) -> Tensor:
+    def initial(self, process: NoiseProcess) -> Tensor:
         """The chunk's starting noise (B, C, L, h, w)."""
 
     def step(self, index: int) -> Tensor:
@@ -67,21 +67,18 @@ class SeededNoise:
             state = np.random.SeedSequence([self.seed, video, index + 1]).generate_state(1, np.uint64)[0]
             self._generators.append(torch.Generator().manual_seed(int(state) % 2**63))
 
-    def initial(self) -> Tensor:
+    def initial(self, process: NoiseProcess) -> Tensor:
         """The chunk's starting noise (B, C, L, h, w)."""
-        return self._draw(self.shape)
+        return torch.stack([process.draw_noise(self.shape, g) for g in self._generators]).to(self.device)
 
     def step(self, index: int) -> Tensor:
         """The noise added after denoising step ``index``."""
-        return self._draw(self.shape)
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self._generators]).to(self.device)
 
     def perturb(self, process: NoiseProcess, latents: Tensor) -> Tensor:
         """Prefix perturbation, a video at a time."""
         videos = zip(latents.split(1), self._generators, strict=True)
         return torch.cat([process.perturb_prefix(one, self.shape[1], generator) for one, generator in videos])
-
-    def _draw(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=g) for g in self._generators]).to(self.device)
 
 
 class Strategy(str, Enum):
@@ -295,7 +292,7 @@ def generate(
         written = time.perf_counter()
         noise.chunk(index)
         first_frame = context.frames
-        x = sampler.start(noise.initial())
+        x = sampler.start(noise.initial(process))
         context.open_chunk()
         for i, t in enumerate(sampler.timesteps):
             seen = both(sampler.scale_input(i, x))

@@ -1,7 +1,8 @@
 """The layers of the transformer: embeddings, the four attentions, the MLP.
 
 Parameter names are those of the published checkpoint. Shape letters: B batch, T frames (P clean, L noisy in J chunks of
-l), S tokens a frame, D width, H heads, E head size, R slots of the temporal ring, K frames of the spatial prefix, M text tokens.
+l), S tokens a frame, D width, H heads, E head size, R slots of the temporal ring, K frames of the spatial prefix, M
+text tokens.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import Backend
 from .config import ModelConfig, SpatialPrefix, TemporalPositions
@@ -45,6 +46,8 @@ class CausalVideoTransformer(nn.Module):
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
         self.config, self.backend = config, backend
+        self.gradient_checkpointing = False
+        """In training, compute a block's inner values again for the gradient instead of keeping them."""
         width = config.hidden_size
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(width)
@@ -115,7 +118,11 @@ class CausalVideoTransformer(nn.Module):
             layer = cache.layers[i] if cache is not None else None
             last = i == len(self.blocks) - 1
             run = block if plan.recurs or self.training else block.forward  # only a call is compiled
-            x = run(x, modulation, plan, layer, text[i] if text else None, time if i == 0 else None, last)
+            arguments = (x, modulation, plan, layer, text[i] if text else None, time if i == 0 else None, last)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(run, *arguments, use_reentrant=False)
+            else:
+                x = run(*arguments)
         if writes_only:
             assert cache is not None
             cache.commit(frames)

@@ -49,7 +49,7 @@ class RecordedNoise:
     def chunk(self, index: int) -> None:
         self._chunk = max(0, index)
 
-    def initial(self) -> Tensor:
+    def initial(self, process: NoiseProcess) -> Tensor:
         return self._initial[self._chunk]
 
     def step(self, index: int) -> Tensor:

@@ -73,6 +73,10 @@ class AncestralSampler(Sampler):
 
     def __init__(self, process: NoiseProcess, steps: int, timesteps: list[int] | None = None) -> None:
         super().__init__(process, steps)
+        if process.config.flow:
+            raise UsageError(
+                "sampler: ancestral needs a variance-preserving process; flow matching takes ddim or dpm++"
+            )
         self.timesteps = timesteps or evenly_respaced(process.config.train_timesteps, steps)
         kept = process.cumulative[self.timesteps]
         beta = (1 - kept / torch.cat([kept[1:], torch.ones(1, dtype=kept.dtype)])).float()
@@ -94,7 +98,7 @@ class AncestralSampler(Sampler):
 
 
 class DdimSampler(Sampler):
-    """Deterministic DDIM (Song et al. 2021) on the same respaced timesteps."""
+    """Deterministic DDIM (Song et al. 2021) on the same respaced timesteps; with flow matching, Euler's method."""
 
     def __init__(self, process: NoiseProcess, steps: int) -> None:
         super().__init__(process, steps)
@@ -129,9 +133,8 @@ class DpmSolverSampler(Sampler):
     def __init__(self, process: NoiseProcess, steps: int) -> None:
         super().__init__(process, steps)
         self.timesteps = evenly_in_log_snr(process, steps)
-        kept = process.cumulative[self.timesteps]
-        self._alpha = [*kept.sqrt().tolist(), 1.0]
-        self._sigma = [*(1 - kept).sqrt().tolist(), 0.0]
+        self._alpha = [*process.alpha[self.timesteps].tolist(), 1.0]
+        self._sigma = [*process.sigma[self.timesteps].tolist(), 0.0]
         self._half_log_snr = process.half_log_snr[self.timesteps].tolist()
         self._before: Tensor | None = None
 
@@ -164,6 +167,10 @@ class DiffusersSampler(Sampler):
             raise UsageError(
                 f"sampler: {name!r} is none of {', '.join(SAMPLERS)}; more with pip install 'ca2vdm[latent]'"
             ) from None
+        if process.config.flow:
+            raise UsageError(
+                f"sampler: {name!r} is for variance-preserving processes; flow matching takes ddim or dpm++"
+            )
         kind = getattr(diffusers, name, None)
         if name in _OTHER_PROCESSES or "trained_betas" not in _parameters(kind):
             raise UsageError(

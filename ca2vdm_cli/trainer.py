@@ -1,38 +1,49 @@
-"""Training: the clean-prefix objective on clips, with everything a run needs to go on later."""
+"""Training: the clean-prefix objective on clips, with everything a run needs to go on later.
+
+Shape letters: B clips of this process and forward, C channels, T frames, H, W pixels, h, w latent size.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import Backend
 from .autoencoder import Autoencoder
-from .checkpoint import load_tensors, load_weights, save_tensors
-from .config import Optimizer, Precision, Preset, Schedule, TrainingConfig
+from .checkpoint import load_weights
+from .config import Optimizer, Preset, Schedule, Trainable, TrainingConfig
 from .data import ClipSource, batch
-from .diffusion import NoiseProcess, training_loss
-from .errors import UserError
+from .diffusion import NoiseProcess
+from .errors import UsageError, UserError
 from .interrupts import held_interrupts
 from .model import CausalVideoTransformer
+from .objective import Draw, Objective
 from .presets import PRESET_FILE, dump_preset
+from .processes import like, whole
+from .run_folder import METRICS_FILE, STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
 
-WEIGHTS_FILE = "model.safetensors"
-AUTOENCODER_FILE = "autoencoder.safetensors"
-STATE_FILE = "training-state.safetensors"
-METRICS_FILE = "metrics.jsonl"
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CLIP, STEP = 1, 2
+"""What random numbers are for: a clip's noise, or a step's prefix length."""
+TEMPORAL_LAYERS = ("attn_temp", "attn_temp_pre_merge", "attn_cf")
+"""Layers of a block that video adds to an image model."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did."""
+    """What one optimizer step did, over all processes."""
 
     step: int
     """Steps done."""
@@ -45,7 +56,9 @@ class StepReport:
     """Frames of clean prefix before the first chunk."""
     seconds: float
     data_seconds: float
-    """Of these, making clips and encoding them."""
+    """Of these, waiting for clips."""
+    encode_seconds: float
+    """Of these, turning them into latents."""
     frames: int
     """Frames that the loss was on."""
 
@@ -53,18 +66,21 @@ class StepReport:
 class Trainer:
     """A model being trained, and the state to go on from: weights, their moving average, optimizer moments, the step.
 
-    All randomness of step n (clips, prefix length, timesteps, noise) is drawn from (seed, n), so a resumed run does
-    what an uninterrupted one would have done.
+    All randomness of step n is drawn from (seed, n), and that of a clip from (seed, its number), so a resumed run does
+    what an uninterrupted one would have done, and several processes together do what one would have done alone.
 
     Args:
         preset: what to train and how.
         source: clips.
         autoencoder: between pixels and latents.
         backend: how to run the model.
-        device: where.
+        accelerator: devices and processes.
         steps: the last step, for the learning-rate schedule.
         seed: of everything.
         origin: where the clips come from and how they are fitted, remembered for ``--resume``.
+
+    Raises:
+        UsageError: a batch size that the processes don't divide, or an optimizer that can't be shared among them.
     """
 
     def __init__(
@@ -73,20 +89,34 @@ class Trainer:
         source: ClipSource,
         autoencoder: Autoencoder,
         backend: Backend,
-        device: torch.device,
+        accelerator: Accelerator,
         steps: int,
         seed: int = 0,
         origin: dict[str, str] | None = None,
     ) -> None:
-        self.preset, self.source, self.autoencoder = preset, source, autoencoder
-        self.device, self.steps, self.seed, self.origin = device, steps, seed, origin or {}
+        self.preset, self.source, self.autoencoder, self.accelerator = preset, source, autoencoder, accelerator
+        self.device, self.steps, self.seed, self.origin = accelerator.device, steps, seed, origin or {}
         self.step = 0
+        training = preset.training
+        shares = accelerator.num_processes * training.accumulation
+        if training.batch_size % shares:
+            raise UsageError(
+                f"training.batch_size: {training.batch_size} must be a multiple of {shares}, the processes "
+                f"({accelerator.num_processes}) times training.accumulation ({training.accumulation})"
+            )
+        self.share = training.batch_size // shares
+        """Clips of one forward of one process."""
         torch.manual_seed(seed)
-        self.model = CausalVideoTransformer(preset.model, backend).to(device).train()
-        self.process = NoiseProcess(preset.diffusion)
-        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        self.optimizers = make_optimizers(self.model, preset.training)
-        self._peaks = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        self.model = CausalVideoTransformer(preset.model, backend).to(self.device).train()
+        self.model.gradient_checkpointing = training.gradient_checkpointing
+        choose_trainable(self.model, training.trainable)
+        self.objective = Objective(self.model, NoiseProcess(preset.diffusion), training)
+        optimizers = make_optimizers(self.model, training)
+        self._peaks = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
+        self._forward, *prepared = accelerator.prepare(self.objective, *optimizers.values())
+        self.optimizers: dict[str, torch.optim.Optimizer] = dict(zip(optimizers, prepared, strict=True))
+        self.average: dict[str, Tensor] = {}
+        self._begin_average()
 
     @property
     def prefixes(self) -> tuple[int, ...]:
@@ -108,44 +138,43 @@ class Trainer:
 
     def start_from(self, weights: dict[str, Tensor], source: str) -> None:
         """Begin at given weights instead of random ones (fine-tuning)."""
-        load_weights(self.model, weights, source)
-        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self._load(weights, source)
+        self._begin_average()
 
     def train_step(self) -> StepReport:
         """One optimizer step."""
         began = time.perf_counter()
         training, chunk = self.preset.training, self.preset.model.chunk_frames
-        state = np.random.SeedSequence([self.seed, self.step]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state) % 2**63)
-        prefix = self.prefixes[int(torch.randint(len(self.prefixes), (), generator=generator))]
+        prefix = self._draw_prefix()
         chunks = self.chunks(prefix)
-        half = torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision is Precision.BFLOAT16)
-        with half:
-            latents = self._latents(prefix + chunks * chunk)
-        encoded = time.perf_counter()
-
-        share = self._learning_rate()
+        rate = self._learning_rate()
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = share * self._peaks[name]
-        with half:
-            loss, terms = training_loss(
-                self.model,
-                self.process,
-                latents,
-                prefix,
-                chunks=chunks,
-                timestep_shift=training.timestep_shift,
-                variance_weight=training.variance_weight,
-                generator=generator,
-                text=self.model.unconditional_caption(training.batch_size),
-            )
+                group["lr"] = rate * self._peaks[name]
         self.model.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip)
-        if not math.isfinite(norm.item()):
+        data_seconds = encode_seconds = 0.0
+        losses: list[Tensor] = []
+        parts: list[dict[str, Tensor]] = []
+        for part in range(training.accumulation):
+            indices = self._clips_of(part)
+            at = time.perf_counter()
+            pixels = batch(self.source, indices.start, len(indices), prefix + chunks * chunk).to(self.device)
+            data_seconds += time.perf_counter() - at
+            at = time.perf_counter()
+            latents = self._encode(pixels)
+            encode_seconds += time.perf_counter() - at
+            draws = [self.objective.draw(prefix, chunks, self._generator(CLIP, index)) for index in indices]
+            last = part == training.accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self._forward):
+                text = self.model.unconditional_caption(self.share)
+                loss, terms = self._forward(latents, prefix, Draw.stack(draws).to(self.device), text)
+                self.accelerator.backward(loss / training.accumulation)
+            losses.append(loss.detach())
+            parts.append(terms)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), training.gradient_clip))
+        if not math.isfinite(norm):
             raise UserError(
-                f"step {self.step + 1}: the gradient is {norm.item()}; train with a smaller --set "
+                f"step {self.step + 1}: the gradient is {norm}; train with a smaller --set "
                 f"training.learning_rate (now {training.learning_rate}), from the last checkpoint if there is one"
             )
         for optimizer in self.optimizers.values():
@@ -153,15 +182,45 @@ class Trainer:
         self._update_average()
         self.step += 1
         seconds = time.perf_counter() - began
-        frames, rate = training.batch_size * chunks * chunk, share * training.learning_rate
-        return StepReport(self.step, loss.item(), terms, rate, norm.item(), prefix, seconds, encoded - began, frames)
+        return StepReport(
+            step=self.step,
+            loss=self._mean(torch.stack(losses)),
+            terms={name: self._mean(torch.stack([part[name] for part in parts])) for name in parts[0]},
+            learning_rate=rate * training.learning_rate,
+            gradient_norm=norm,
+            prefix=prefix,
+            seconds=seconds,
+            data_seconds=data_seconds,
+            encode_seconds=encode_seconds,
+            frames=training.batch_size * chunks * chunk,
+        )
+
+    def _generator(self, purpose: int, index: int) -> torch.Generator:
+        state = np.random.SeedSequence([self.seed, purpose, index]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state) % 2**63)
+
+    def _draw_prefix(self) -> int:
+        lengths = self.prefixes
+        weights = torch.tensor(self.preset.training.prefix_weights or [1.0] * len(lengths), dtype=torch.float64)
+        return lengths[int(torch.multinomial(weights, 1, generator=self._generator(STEP, self.step)))]
+
+    def _clips_of(self, part: int) -> range:
+        """Numbers of the clips that this process takes in one part of this step."""
+        processes = self.accelerator.num_processes
+        place = (self.step * self.preset.training.accumulation + part) * processes + self.accelerator.process_index
+        return range(place * self.share, (place + 1) * self.share)
 
     @torch.no_grad()
-    def _latents(self, frames: int) -> Tensor:
-        """This step's clips as latents (B, C, T, h, w)."""
-        size = self.preset.training.batch_size
-        clips = batch(self.source, self.step * size, size, frames).to(self.device)  # (B, T, C, H, W)
-        return self.autoencoder.encode(clips.flatten(0, 1)).float().unflatten(0, (size, frames)).transpose(1, 2)
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Clips (B, T, C, H, W) in [-1, 1] as latents (B, c, T, h, w)."""
+        with self.accelerator.autocast():
+            latents = self.autoencoder.encode(pixels.flatten(0, 1))
+        return latents.float().unflatten(0, pixels.shape[:2]).transpose(1, 2)
+
+    def _mean(self, values: Tensor) -> float:
+        """Over all processes."""
+        mean: Tensor = self.accelerator.reduce(values.mean(), reduction="mean")
+        return mean.item()
 
     def _learning_rate(self) -> float:
         """Share of the peak learning rate."""
@@ -173,9 +232,12 @@ class Trainer:
             return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         return 1.0
 
+    def _begin_average(self) -> None:
+        self.average = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+
     @torch.no_grad()
     def _update_average(self) -> None:
-        """Exponential moving average, shorter at first so that it forgets the random start."""
+        """Exponential moving average in float32, shorter at first so that it forgets the random start."""
         decay = min(self.preset.training.ema_decay, (1 + self.step) / (10 + self.step))
         own = self.model.state_dict()
         averages = [v for v in self.average.values() if v.is_floating_point()]
@@ -184,81 +246,108 @@ class Trainer:
         )
 
     # ------------------------------------------------------------------------------------------------- on disk
-    def save(self, folder: Path) -> None:
-        """Write the averaged weights, which ``sample`` loads, and the state to resume from."""
-        save_tensors(folder / WEIGHTS_FILE, self.average, {"step": str(self.step)})
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        for name, optimizer in self.optimizers.items():
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
-        metadata = {"step": str(self.step), "seed": str(self.seed), "steps": str(self.steps), **self.origin}
-        save_tensors(folder / STATE_FILE, tensors, metadata)
+    def save(self, folder: RunFolder) -> None:
+        """Write a checkpoint: the averaged weights, which ``sample`` loads, and the state to resume from."""
+        state = {f"model.{key}": whole(value) for key, value in self.model.state_dict().items()}
+        for name, key, moments in self._moments():
+            state |= {f"{name}.{key}.{moment}": whole(value) for moment, value in moments.items()}
+        average = {key: whole(value) for key, value in self.average.items()}
+        if self.accelerator.is_main_process:
+            facts = {"seed": str(self.seed), "steps": str(self.steps), **self.origin}
+            folder.save(self.step, facts, {WEIGHTS_FILE: average, STATE_FILE: state})
+        self.accelerator.wait_for_everyone()
 
-    def resume(self, folder: Path) -> None:
-        """Go on from what ``save`` wrote."""
-        path = folder / STATE_FILE
-        tensors, metadata = load_tensors(path)
-        try:
-            step, seed = int(metadata["step"]), int(metadata["seed"])
-        except (KeyError, ValueError):
-            raise UserError(f"{path}: its metadata has no step and seed; not a training state") from None
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("model", "average", *self.optimizers)}
-        for key, value in tensors.items():
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from what ``save`` wrote.
+
+        Raises:
+            UserError: the state of other settings.
+        """
+        path = checkpoint.folder / STATE_FILE
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("model", *self.optimizers)}
+        for key, value in checkpoint.tensors(STATE_FILE).items():
             part, _, name = key.partition(".")
             if part not in parts:
                 raise UserError(f"{path}: unknown tensor {key}; not a training state of these settings")
             parts[part][name] = value
-        load_weights(self.model, parts["model"], str(path))
-        self.average = {k: v.to(self.device) for k, v in parts["average"].items()}
-        for part, optimizer in self.optimizers.items():
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, value in parts[part].items():
-                index, _, name = key.partition(".")
-                if not index.isdecimal():
-                    raise UserError(f"{path}: unknown tensor {part}.{key}; not a training state")
-                moments.setdefault(int(index), {})[name] = value
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        self.step, self.seed = step, seed
+        self._load(parts.pop("model"), str(path))
+        average = checkpoint.tensors(WEIGHTS_FILE)
+        if average.keys() != self.average.keys():
+            raise UserError(f"{checkpoint.folder / WEIGHTS_FILE}: not the weights of these settings")
+        self.average = {key: like(average[key], own) for key, own in self.average.items()}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for part, moments in parts.items():
+            state = self.optimizers[part].state
+            parameters = {names[p]: p for group in self.optimizers[part].param_groups for p in group["params"]}
+            for key, value in moments.items():
+                name, _, moment = key.rpartition(".")
+                if name not in parameters:
+                    raise UserError(f"{path}: unknown tensor {part}.{key}; not a training state of these settings")
+                parameter = parameters[name]
+                fits = value.shape == parameter.shape
+                state[parameter][moment] = like(value, parameter.detach()) if fits else value
+        self.step = checkpoint.step
+
+    def _moments(self) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
+        """Each optimizer's moments of each parameter, by the names of both."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer, inner in self.optimizers.items():
+            for parameter, moments in inner.state.items():
+                yield optimizer, names[parameter], moments
+
+    def _load(self, weights: dict[str, Tensor], source: str) -> None:
+        own = self.model.state_dict()
+        load_weights(self.model, {k: like(v, own[k]) if k in own else v for k, v in weights.items()}, source)
 
 
-def make_optimizers(model: CausalVideoTransformer, training: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
+def choose_trainable(model: nn.Module, trainable: Trainable) -> None:
+    """Freeze what is not to be trained."""
+    if trainable is Trainable.TEMPORAL:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(layer in name.split(".") for layer in TEMPORAL_LAYERS))
+
+
+def make_optimizers(model: nn.Module, training: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the others, by name.
 
     Raises:
         UserError: this PyTorch has no Muon.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if training.optimizer is Optimizer.MUON:
         if not hasattr(torch.optim, "Muon"):
             raise UserError(f"training.optimizer: muon needs PyTorch 2.9 or later, this is {torch.__version__}")
-        matrices = [name for name, p in parameters.items() if name.startswith("blocks.") and name.endswith(".weight")]
+        matrices = [name for name in parameters if name.startswith("blocks.") and name.endswith(".weight")]
         optimizers["muon"] = torch.optim.Muon(
             [parameters.pop(name) for name in matrices],
             lr=training.muon_learning_rate,
             weight_decay=training.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-    optimizers["adamw"] = torch.optim.AdamW(
-        parameters.values(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=training.weight_decay
-    )
+    if parameters:
+        optimizers["adamw"] = torch.optim.AdamW(
+            parameters.values(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=training.weight_decay
+        )
     return optimizers
 
 
-def train(trainer: Trainer, folder: Path, on_step: Callable[[StepReport], None]) -> None:
+def train(trainer: Trainer, folder: RunFolder, on_step: Callable[[StepReport], None]) -> None:
     """Train to the last step, saving every ``training.checkpoint_every`` steps, at the end, and when interrupted.
 
     A step that fails (a gradient that is not finite) saves nothing: the last checkpoint is what to go on from.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    every = trainer.preset.training.checkpoint_every
-    with (folder / METRICS_FILE).open("a", encoding="utf-8") as log, held_interrupts() as interrupted:
+    main, every = trainer.accelerator.is_main_process, trainer.preset.training.checkpoint_every
+    if main:
+        folder.open_metrics(trainer.step)
+    log = (folder.path / METRICS_FILE).open("a", encoding="utf-8") if main else nullcontext()
+    with log, held_interrupts() as interrupted:
         while trainer.step < trainer.steps and not interrupted():
             report = trainer.train_step()
-            log.write(json.dumps(asdict(report)) + "\n")
-            log.flush()
-            on_step(report)
+            if main:
+                log.write(json.dumps(asdict(report)) + "\n")
+                log.flush()
+                on_step(report)
             if trainer.step % every == 0 and trainer.step < trainer.steps:
                 trainer.save(folder)
         trainer.save(folder)

@@ -30,7 +30,8 @@ from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.frame_plan import FramePlan
 from ca2vdm_cli.kv_cache import KVCache
 from ca2vdm_cli.plugins import backends
-from ca2vdm_cli.trainer import WEIGHTS_FILE, Trainer
+from ca2vdm_cli.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
+from ca2vdm_cli.trainer import Trainer
 from ca2vdm_cli.video_io import Aspect, Frame, Geometry, VideoWriter, open_reader, open_writer, to_channels, write_image
 
 GOLDEN = Path(__file__).parent / "golden" / "cyclic_prev2.safetensors"
@@ -250,7 +251,7 @@ def test_report_as_json(report: Callable[..., Any], weights: Path, capsys: pytes
     assert result["frames_per_second"] == pytest.approx(10 / result["seconds"])
     parts = ("input", "denoise", "cache_write", "decode", "encode", "output", "startup")
     assert sum(result[f"{part}_seconds"] for part in parts) == pytest.approx(result["seconds"])
-    files = [weights / "model.safetensors", weights / "autoencoder.safetensors"]
+    files = [weights / WEIGHTS_FILE, weights / "autoencoder.safetensors"]
     numbers = sum(t.numel() for file in files for t in load_tensors(file)[0].values())
     assert result["weights_bytes"] == pytest.approx(4 * numbers, rel=1e-3)
     # depth, keys and values, frames of the ring and of the spatial prefix, tokens, width, float32
@@ -410,7 +411,7 @@ def test_fault_of_the_program_is_one_line_too(
 
 
 def test_overflow_is_not_written(weights: Path, refused: Callable[..., str]) -> None:
-    tensors, metadata = load_tensors(weights / "model.safetensors")
+    tensors, metadata = load_tensors(weights / WEIGHTS_FILE)
     broken = {key: value * 1e30 for key, value in tensors.items()}
     save_tensors(Path("broken.safetensors"), broken, metadata)
     request = ["--preset", weights, *GENERATE, "--checkpoint", "broken.safetensors"]
@@ -590,7 +591,7 @@ def test_training_on_videos(report: Callable[..., Any], make: Callable[..., list
     result = report(*TRAIN, "--data", "videos", "--steps", 2, "--out", "run")
     assert (result["steps"], result["steps_this_run"], result["output"]) == (2, 2, "run")
     assert 0 < result["loss"] < 100
-    for file in ("model.safetensors", "autoencoder.safetensors", "preset.yaml", "metrics.jsonl"):
+    for file in (WEIGHTS_FILE, "autoencoder.safetensors", "preset.yaml", "metrics.jsonl"):
         assert Path("run", file).stat().st_size > 0
     steps = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
@@ -609,7 +610,7 @@ def test_resumed_training_ends_where_an_uninterrupted_one_does(refused: Callable
     assert "no backend 'nope'" in refused(2, *resume, "--backend", "nope")
     assert Path("parts/preset.yaml").read_text() == preset
     assert ca2vdm(*resume, "-q") == 0
-    whole, parts = (load_tensors(Path(run, "model.safetensors"))[0] for run in ("whole", "parts"))
+    whole, parts = (load_tensors(Path(run, WEIGHTS_FILE))[0] for run in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
@@ -621,7 +622,7 @@ def test_resumed_training_goes_on_with_its_own_data(report: Callable[..., Any]) 
             again = ["--resume"] if Path(run).exists() else ["--data", "clip.mp4"]
             command = TRAIN if "--data" in again else ["train", *RUN]
             assert ca2vdm(*command, *again, "--steps", part, "--out", run, "-q") == 0
-    whole, parts = (load_tensors(Path(run, "model.safetensors"))[0] for run in ("whole", "parts"))
+    whole, parts = (load_tensors(Path(run, WEIGHTS_FILE))[0] for run in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
@@ -633,8 +634,11 @@ def test_a_runs_folder_brings_its_own_preset(weights: Path, refused: Callable[..
 
 @pytest.mark.parametrize("metadata", [{}, {"seed": "x"}, {"seed": "1", "aspect": "x"}])
 def test_a_training_state_that_is_none(refused: Callable[..., str], metadata: dict[str, str]) -> None:
-    save_tensors(Path("run/training-state.safetensors"), {"a": torch.zeros(1)}, metadata)
-    assert "not a training state" in refused(1, "train", *RUN, "--preset", "tiny", "--resume", "--out", "run")
+    tensors = {"a": torch.zeros(1)}
+    RunFolder(Path("run")).save(1, metadata, {WEIGHTS_FILE: tensors, STATE_FILE: tensors})
+    assert "not a training run's checkpoint" in refused(
+        1, "train", *RUN, "--preset", "tiny", "--resume", "--out", "run"
+    )
 
 
 def test_resumed_training_fits_its_videos_as_before() -> None:
@@ -642,7 +646,7 @@ def test_resumed_training_fits_its_videos_as_before() -> None:
     assert ca2vdm(*TRAIN, "--data", "clip.mp4", "--aspect", "crop", "--steps", 4, "--out", "whole", "-q") == 0
     assert ca2vdm(*TRAIN, "--data", "clip.mp4", "--aspect", "crop", "--steps", 2, "--out", "parts", "-q") == 0
     assert ca2vdm("train", *RUN, "--resume", "--steps", 4, "--out", "parts", "-q") == 0
-    whole, parts = (load_tensors(Path(run, "model.safetensors"))[0] for run in ("whole", "parts"))
+    whole, parts = (load_tensors(Path(run, WEIGHTS_FILE))[0] for run in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
@@ -657,10 +661,10 @@ def test_videos_that_were_left_out_are_named(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("out", ["weights", "file", "file/below"])
 def test_a_folder_that_training_may_not_use(refused: Callable[..., str], out: str) -> None:
     Path("weights").mkdir()
-    Path("weights/model.safetensors").write_text("somebody's")
+    Path("weights/ema.safetensors").write_text("somebody's")
     Path("file").write_text("no folder")
     assert "choose another" in refused(2, *TRAIN, "--out", out)
-    assert Path("weights/model.safetensors").read_text() == "somebody's"
+    assert Path("weights/ema.safetensors").read_text() == "somebody's"
 
 
 def test_finished_training_has_nothing_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
@@ -688,13 +692,13 @@ def test_interrupted_training_says_how_to_go_on(
     advice = re.fullmatch(r"interrupted at step 1: go on with ca2vdm train (.*)\n", text)
     assert advice
     assert ca2vdm("train", *RUN, "-q", *advice[1].split()) == 0
-    assert load_tensors(Path("run/model.safetensors"))[1]["step"] == "3"
+    assert load_tensors(Path("run/ema.safetensors"))[1]["step"] == "3"
 
 
 def test_training_can_begin_at_given_weights(weights: Path) -> None:
     request = ["train", *RUN, "--steps", 1, "-q", "--set", "training.learning_rate=1e-9"]
     assert ca2vdm(*request, "--checkpoint", weights, "--out", "fine") == 0
-    before, after = (load_tensors(run / "model.safetensors")[0] for run in (weights, Path("fine")))
+    before, after = (load_tensors(run / WEIGHTS_FILE)[0] for run in (weights, Path("fine")))
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
 
 
@@ -861,7 +865,7 @@ def test_verify_of_a_recorded_run(capsys: pytest.CaptureFixture[str], report: Ca
 
 def test_verify_of_what_is_no_recording(weights: Path, refused: Callable[..., str]) -> None:
     assert "no such file" in refused(2, "verify", "--recorded", "nope.safetensors")
-    assert "not a recorded run" in refused(1, "verify", "--recorded", weights / "model.safetensors")
+    assert "not a recorded run" in refused(1, "verify", "--recorded", weights / WEIGHTS_FILE)
     tensors, metadata = load_tensors(GOLDEN)
     less = {key: value for key, value in tensors.items() if not key.startswith("expected.")}
     save_tensors(Path("less.safetensors"), less, metadata)
@@ -875,7 +879,7 @@ def test_verify_of_what_is_no_recording(weights: Path, refused: Callable[..., st
 def test_imported_weights_make_the_same_video(
     make: Callable[..., list[Frame]], weights: Path, capsys: pytest.CaptureFixture[str], wrapper: str | None
 ) -> None:
-    state = {f"module.{key}": value for key, value in load_tensors(weights / "model.safetensors")[0].items()}
+    state = {f"module.{key}": value for key, value in load_tensors(weights / WEIGHTS_FILE)[0].items()}
     state["optimizer_step"] = torch.tensor(7)
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, "published.pt")
     assert ca2vdm("import", "published.pt", "--preset", weights, "-o", "mine.safetensors") == 0
@@ -891,7 +895,7 @@ def test_imported_weights_make_the_same_video(
 
 
 def test_import_refuses_another_shape(weights: Path, refused: Callable[..., str]) -> None:
-    request = ["import", weights / "model.safetensors", "--preset", "tiny", "-o", "mine.safetensors"]
+    request = ["import", weights / WEIGHTS_FILE, "--preset", "tiny", "-o", "mine.safetensors"]
     line = refused(1, *request, "--set", "model.hidden_size=64")
     assert re.search(r"has shape \((.*)\), the model wants \((?!\1)", line)
     assert "48" in line
@@ -902,7 +906,7 @@ def test_import_refuses_another_shape(weights: Path, refused: Callable[..., str]
 def test_import_of_part_of_a_model(
     weights: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = load_tensors(weights / "model.safetensors")[0]
+    state = load_tensors(weights / WEIGHTS_FILE)[0]
     key = next(iter(state))
     del state[key]
     torch.save(state, "part.pth")

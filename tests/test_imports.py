@@ -20,7 +20,18 @@ METHOD = CONFIG | {"attention", "frame_plan", "kv_cache", "layers", "model", "di
 VIDEO = CONFIG | {"video_io", "data"}
 WEIGHTS = PRESETS | METHOD | {"runtime", "plugins", "autoencoder", "checkpoint"}
 PIPELINE = WEIGHTS | VIDEO | {"pipeline"}
-COMMANDS = PIPELINE | {"__init__", "interrupts", "recorded", "trainer", "compare", "bench", "verify", "terminal"}
+COMMANDS = PIPELINE | {
+    "__init__",
+    "interrupts",
+    "recorded",
+    "processes",
+    "run_folder",
+    "trainer",
+    "compare",
+    "bench",
+    "verify",
+    "terminal",
+}
 
 # A module of ca2vdm_cli (a subpackage counts as one) and which others it may import.
 ALLOWED: dict[str, set[str]] = {
@@ -36,7 +47,8 @@ ALLOWED: dict[str, set[str]] = {
     "kv_cache": CONFIG | {"frame_plan"},
     "layers": CONFIG | {"attention", "frame_plan", "kv_cache"},
     "model": CONFIG | {"attention", "frame_plan", "kv_cache", "layers"},
-    "diffusion": CONFIG | {"frame_plan", "model"},
+    "diffusion": CONFIG,
+    "objective": CONFIG | {"frame_plan", "model", "diffusion"},
     "sampler": CONFIG | {"diffusion"},
     "generation": METHOD - {"generation"} | {"runtime"},
     "video_io": CONFIG,
@@ -45,7 +57,9 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": WEIGHTS - {"checkpoint", "plugins", "sampler"},
     "recorded": METHOD | {"checkpoint"},
     "pipeline": WEIGHTS | VIDEO,
-    "trainer": PIPELINE | {"interrupts"},
+    "processes": CONFIG | {"runtime"},
+    "run_folder": CONFIG | {"checkpoint"},
+    "trainer": PIPELINE | {"interrupts", "objective", "processes", "run_folder"},
     "compare": PIPELINE,
     "verify": PIPELINE | {"compare"},
     "bench": PIPELINE | {"__init__", "compare", "verify"},

@@ -128,8 +128,8 @@ def test_load_by_preset_and_by_checkpoint(pipeline: Pipeline, weights: Path) -> 
     sources: list[dict[str, Path]] = [
         {"preset": weights / "preset.yaml"},
         {"checkpoint": weights},
-        {"checkpoint": weights / "model.safetensors"},
-        {"preset": weights, "checkpoint": weights / "model.safetensors"},
+        {"checkpoint": weights / "ema.safetensors"},
+        {"preset": weights, "checkpoint": weights / "ema.safetensors"},
     ]
     for source in sources:
         again = Pipeline.load(**source, overrides=["sampling.steps=3"], **CPU)  # type: ignore[arg-type]

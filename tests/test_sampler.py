@@ -62,7 +62,7 @@ class Known(Context):
         alpha, sigma = self.process.alpha_sigma(timestep.long())
         latents = MEAN + alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2) * (x - alpha * MEAN)
         noise = (x - alpha * latents) / sigma
-        return noise if self.process.config.prediction is Prediction.EPSILON else alpha * noise - sigma * latents
+        return self.process.target(latents, noise, timestep.long())
 
 
 class KnownVariance(Known):
@@ -87,7 +87,7 @@ def sampled(context: Known, sampler: Sampler, videos: int = 256) -> tuple[Tensor
     noise = SeededNoise(0, list(range(videos)), CHUNK, CPU)
     (chunk,) = generate(context, context.process, sampler, noise, 1)
     noise.chunk(0)
-    return chunk.latents, noise.initial()
+    return chunk.latents, noise.initial(context.process)
 
 
 @pytest.fixture
@@ -96,9 +96,25 @@ def model(make_model: MakeModel) -> CausalVideoTransformer:
 
 
 # ------------------------------------------------------------------------------------------------- a known problem
-@pytest.mark.parametrize("schedule", BetaSchedule)
-@pytest.mark.parametrize("prediction", Prediction)
-@pytest.mark.parametrize(("name", "steps"), [("ancestral", 400), ("ddim", 200), ("dpm++", 30)])
+PROCESSES = [
+    (schedule, prediction)
+    for schedule in (BetaSchedule.LINEAR, BetaSchedule.COSINE)
+    for prediction in (Prediction.EPSILON, Prediction.V)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "schedule", "prediction"),
+    [
+        *(
+            (name, steps, *kind)
+            for name, steps in (("ancestral", 400), ("ddim", 200), ("dpm++", 30))
+            for kind in PROCESSES
+        ),
+        ("ddim", 200, BetaSchedule.FLOW, Prediction.FLOW),
+        ("dpm++", 30, BetaSchedule.FLOW, Prediction.FLOW),
+    ],
+)
 def test_samples_have_the_right_mean_and_spread(
     name: str, steps: int, schedule: BetaSchedule, prediction: Prediction, model: CausalVideoTransformer
 ) -> None:
@@ -108,8 +124,17 @@ def test_samples_have_the_right_mean_and_spread(
     assert abs(latents.std() / SPREAD - 1) < 0.03
 
 
+@pytest.mark.parametrize("name", ["ancestral", "UniPCMultistepScheduler"])
+def test_samplers_of_another_process_refuse_flow_matching(name: str) -> None:
+    if name not in SAMPLERS:
+        pytest.importorskip("diffusers")
+    process = NoiseProcess(DiffusionConfig(beta_schedule=BetaSchedule.FLOW, prediction=Prediction.FLOW))
+    with pytest.raises(UsageError, match=r"flow matching takes ddim or dpm\+\+"):
+        make_sampler(name, process, 8)
+
+
 @diffusers_warns
-@pytest.mark.parametrize("prediction", Prediction)
+@pytest.mark.parametrize("prediction", [Prediction.EPSILON, Prediction.V])
 @pytest.mark.parametrize("name", THEIRS)
 def test_schedulers_of_diffusers_sample_right_too(
     name: str, prediction: Prediction, model: CausalVideoTransformer
@@ -279,8 +304,9 @@ def test_noise_is_drawn_from_seed_video_and_chunk() -> None:
     def draw(seed: int, videos: list[int], chunk: int) -> list[Tensor]:
         noise = SeededNoise(seed, videos, CHUNK, CPU)
         noise.chunk(chunk)
-        latents = noise.perturb(NoiseProcess(DiffusionConfig(prefix_noise=(50, 100))), torch.zeros(len(videos), *CHUNK))
-        return [latents, noise.initial(), noise.step(0), noise.step(1)]
+        process = NoiseProcess(DiffusionConfig(prefix_noise=(50, 100)))
+        latents = noise.perturb(process, torch.zeros(len(videos), *CHUNK))
+        return [latents, noise.initial(process), noise.step(0), noise.step(1)]
 
     usual = draw(3, [0, 1], 4)
     for ours, theirs in zip(usual, draw(3, [1], 4), strict=True):

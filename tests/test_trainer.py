@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from ca2vdm_cli.autoencoder import Autoencoder, load_autoencoder
-from ca2vdm_cli.checkpoint import load_tensors, load_weights, save_tensors
+from ca2vdm_cli.checkpoint import load_tensors, load_weights
 from ca2vdm_cli.config import Preset
 from ca2vdm_cli.data import ClipSource, MovingDigits
 from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.model import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
-from ca2vdm_cli.trainer import METRICS_FILE, STATE_FILE, WEIGHTS_FILE, StepReport, Trainer, train, write_preset
-
-CPU = torch.device("cpu")
+from ca2vdm_cli.processes import make_accelerator
+from ca2vdm_cli.run_folder import METRICS_FILE, STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
+from ca2vdm_cli.trainer import StepReport, Trainer, train, write_preset
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ class Runs:
 
     def __call__(self, *overrides: str, steps: int = 6, seed: int = 0, source: ClipSource | None = None) -> Trainer:
         preset: Preset = load_preset("tiny", overrides).config
-        return Trainer(preset, source or self.source, self.autoencoder, backends()["sdpa"], CPU, steps, seed)
+        accelerator = make_accelerator("cpu", preset.training.precision)
+        return Trainer(preset, source or self.source, self.autoencoder, backends()["sdpa"], accelerator, steps, seed)
 
 
 @pytest.fixture
@@ -59,9 +60,18 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that the next step depends on, and the average."""
     tensors = {f"model.{key}": value.clone() for key, value in trainer.model.state_dict().items()}
     tensors |= {f"average.{key}": value.clone() for key, value in trainer.average.items()}
-    for index, moments in trainer.optimizers["adamw"].state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value.clone() for key, value in moments.items()}
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    for optimizer, inner in trainer.optimizers.items():
+        for parameter, moments in inner.state.items():
+            tensors |= {f"{optimizer}.{names[parameter]}.{key}": value.clone() for key, value in moments.items()}
     return tensors
+
+
+def newest(folder: Path) -> Checkpoint:
+    """The newest checkpoint, of which none is damaged."""
+    found, problems = RunFolder(folder).newest()
+    assert found is not None and not problems
+    return found
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -74,18 +84,27 @@ def without_times(report: StepReport) -> tuple[object, ...]:
 
 
 # --------------------------------------------------------------------------------------------------------- resuming
-@pytest.mark.parametrize("prefixes", ["[0]", "[0, 1, 4, 5, 9]"])  # after an empty prefix alone, a branch has no moments
-def test_a_resumed_run_equals_an_uninterrupted_one(prefixes: str, run: Runs, tmp_path: Path) -> None:
-    settings = (f"training.prefix_lengths={prefixes}", "training.schedule=cosine", "training.warmup_steps=2")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "training.prefix_lengths=[0]",  # after an empty prefix alone, a branch has no moments
+        "training.prefix_lengths=[0, 1, 4, 5, 9]",
+        "training.optimizer=muon",
+        "training.trainable=temporal",
+        "training.parallel_chunks=true",
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(setting: str, run: Runs, tmp_path: Path) -> None:
+    settings = (setting, "training.schedule=cosine", "training.warmup_steps=2")
     whole = run(*settings)
     expected = [without_times(whole.train_step()) for _ in range(6)]
     first = run(*settings)
     reports = [without_times(first.train_step()) for _ in range(3)]
-    first.save(tmp_path)
+    first.save(RunFolder(tmp_path))
     torch.manual_seed(99)  # the state of the world outside does not matter
-    second = run(*settings, seed=5)
-    second.resume(tmp_path)
-    assert (second.step, second.seed) == (3, 0)
+    second = run(*settings)
+    second.resume(newest(tmp_path))
+    assert second.step == 3
     assert_equal(state(second), state(first))
     reports += [without_times(second.train_step()) for _ in range(3)]
     assert reports == expected
@@ -97,17 +116,17 @@ def test_the_loop_saves_as_it_goes_at_the_end_and_when_interrupted(run: Runs, tm
     steps_on_disk = []
 
     def interrupt(report: StepReport) -> None:
-        saved = tmp_path / STATE_FILE
-        steps_on_disk.append(int(load_tensors(saved)[1]["step"]) if saved.is_file() else 0)
+        last, _ = RunFolder(tmp_path).newest()
+        steps_on_disk.append(last.step if last is not None else 0)
         if report.step == 4:
             signal.raise_signal(signal.SIGINT)  # which waits for the end of the step
 
     with pytest.raises(KeyboardInterrupt):
-        train(run("training.checkpoint_every=2", steps=5), tmp_path, interrupt)
-    assert steps_on_disk == [0, 0, 2, 2] and load_tensors(tmp_path / STATE_FILE)[1]["step"] == "4"
+        train(run("training.checkpoint_every=2", steps=5), RunFolder(tmp_path), interrupt)
+    assert steps_on_disk == [0, 0, 2, 2] and newest(tmp_path).step == 4
     trainer = run(steps=5)
-    trainer.resume(tmp_path)
-    train(trainer, tmp_path, lambda report: None)
+    trainer.resume(newest(tmp_path))
+    train(trainer, RunFolder(tmp_path), lambda report: None)
     for _ in range(5):
         expected.train_step()
     assert_equal(state(trainer), state(expected))
@@ -119,7 +138,7 @@ def test_the_loop_saves_as_it_goes_at_the_end_and_when_interrupted(run: Runs, tm
 def test_what_is_saved_is_a_preset_and_the_averaged_weights(run: Runs, tmp_path: Path) -> None:
     trainer = run()
     trainer.train_step()
-    trainer.save(tmp_path)
+    trainer.save(RunFolder(tmp_path))
     write_preset(trainer.preset, tmp_path)
     weights, metadata = load_tensors(tmp_path / WEIGHTS_FILE)
     assert metadata["step"] == "1"
@@ -200,7 +219,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(poison: float, r
         trainer.model.final_layer.linear.bias[0] = poison
     before = state(trainer)
     with pytest.raises(UserError) as error:
-        train(trainer, tmp_path, lambda report: None)
+        train(trainer, RunFolder(tmp_path), lambda report: None)
     message = str(error.value)
     assert message.startswith("step 2: the gradient is ") and "\n" not in message
     assert "train with a smaller --set training.learning_rate (now 0.001)" in message
@@ -220,29 +239,23 @@ def test_a_run_that_blew_up_leaves_the_last_good_checkpoint(run: Runs, tmp_path:
                 trainer.model.final_layer.linear.bias[0] = math.nan
 
     with pytest.raises(UserError, match="the gradient is nan"):
-        train(trainer, tmp_path, blow_up)
-    tensors, metadata = load_tensors(tmp_path / STATE_FILE)
-    assert metadata["step"] == "2" and all(value.isfinite().all() for value in tensors.values())
+        train(trainer, RunFolder(tmp_path), blow_up)
+    tensors = newest(tmp_path).tensors(STATE_FILE)
+    assert newest(tmp_path).step == 2 and all(value.isfinite().all() for value in tensors.values())
 
 
-def test_a_file_that_is_no_training_state_is_refused(run: Runs, tmp_path: Path) -> None:
-    trainer = run()
-    with pytest.raises(UserError, match=r"training-state\.safetensors: no such file"):
-        trainer.resume(tmp_path)
-    save_tensors(tmp_path / STATE_FILE, trainer.average, {"step": "1", "seed": "0"})
-    with pytest.raises(UserError, match=r"unknown tensor .*; not a training state"):
-        trainer.resume(tmp_path)
-    save_tensors(tmp_path / STATE_FILE, {f"model.{key}": value for key, value in trainer.average.items()})
-    with pytest.raises(UserError, match="its metadata has no step and seed; not a training state"):
-        trainer.resume(tmp_path)
-    trainer.save(tmp_path)
-    content = (tmp_path / STATE_FILE).read_bytes()
-    (tmp_path / STATE_FILE).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        trainer.resume(tmp_path)
+def test_what_is_no_training_state_is_refused(run: Runs, tmp_path: Path) -> None:
+    trainer, folder = run(), RunFolder(tmp_path)
+    folder.save(1, {}, {WEIGHTS_FILE: trainer.average, STATE_FILE: trainer.average})
+    with pytest.raises(UserError, match=r"unknown tensor .*; not a training state of these settings"):
+        trainer.resume(newest(tmp_path))
+    trainer.train_step()
+    trainer.save(folder)
+    with pytest.raises(UserError, match=r"unknown tensor adamw\..*; not a training state of these settings"):
+        run("training.optimizer=muon", "training.trainable=temporal").resume(newest(tmp_path))
 
 
 def test_a_training_state_of_another_model_is_refused(run: Runs, tmp_path: Path) -> None:
-    run().save(tmp_path)
+    run().save(RunFolder(tmp_path))
     with pytest.raises(UserError, match=r"has shape \(.*\), the model wants \(.*\)"):
-        run("model.hidden_size=32").resume(tmp_path)
+        run("model.hidden_size=32").resume(newest(tmp_path))

@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 
 from ..autoencoder import Autoencoder, ConvAutoencoder, load_autoencoder, save_autoencoder, train_autoencoder
-from ..checkpoint import load_metadata, load_tensors
-from ..config import AutoencoderKind, Preset
+from ..checkpoint import load_tensors
+from ..config import AutoencoderKind, Precision, Preset
 from ..data import ClipSource, MovingDigits, VideoFolder
 from ..errors import UsageError, UserError
 from ..pipeline import find_weights
 from ..plugins import choose_backend
 from ..presets import LoadedPreset
-from ..runtime import resolve_device
+from ..processes import make_accelerator
+from ..run_folder import AUTOENCODER_FILE, CHECKPOINTS, WEIGHTS_FILE, Checkpoint, RunFolder
 from ..terminal import ProgressBar, duration, note, print_json
-from ..trainer import AUTOENCODER_FILE, STATE_FILE, WEIGHTS_FILE, StepReport, Trainer, train, write_preset
+from ..trainer import StepReport, Trainer, train, write_preset
 from ..video_io import Aspect
 
 
@@ -41,14 +42,20 @@ def run(
     quiet: bool,
 ) -> None:
     """Train and say how it went."""
-    stored = _check_folder(out, resume)
+    last = _check_folder(out, resume, quiet)
+    stored = last.facts if last is not None else {}
     if resume and preset is None and checkpoint is None:
         preset = str(out)
     loaded, weights = find_weights(preset, checkpoint, overrides)
-    config, where = loaded.config, resolve_device(device)
-    chosen = choose_backend(backend, where, torch.float32)
+    config = loaded.config
     if config.video is None:
         raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
+    accelerator = make_accelerator(device, config.training.precision)
+    quiet = quiet or not accelerator.is_main_process
+    as_json = as_json and accelerator.is_main_process
+    where = accelerator.device
+    half = config.training.precision is Precision.BFLOAT16
+    chosen = choose_backend(backend, where, torch.bfloat16 if half else torch.float32)
     config = replace(
         config,
         training=replace(config.training, steps=steps or config.training.steps),
@@ -56,20 +63,23 @@ def run(
         autoencoder_weights=AUTOENCODER_FILE if config.autoencoder.kind is AutoencoderKind.CONV else None,
     )
     run_seed = int(stored.get("seed", 0)) if seed is None else seed
-    if resume and run_seed != int(stored["seed"]):
+    if last is not None and run_seed != int(stored["seed"]):
         raise UsageError(f"--seed {seed}: the run in {out} has seed {stored['seed']}; leave out --seed")
     if data is None and stored.get("origin"):
         data = Path(stored["origin"])
     fit = Aspect(aspect or stored.get("aspect") or Aspect.STRETCH)
     source = _source(loaded, data, run_seed, fit)
-    autoencoder = _autoencoder(loaded, config, source, out, where, run_seed, quiet)
+    with accelerator.main_process_first():  # which trains and writes the autoencoder; the others read it
+        autoencoder = _autoencoder(loaded, config, source, out, where, run_seed, quiet)
     origin = {} if data is None else {"origin": str(data.resolve()), "aspect": fit.value}
-    trainer = Trainer(config, source, autoencoder, chosen, where, config.training.steps, run_seed, origin)
-    if resume:
-        trainer.resume(out)
+    trainer = Trainer(config, source, autoencoder, chosen, accelerator, config.training.steps, run_seed, origin)
+    if last is not None:
+        trainer.resume(last)
     elif checkpoint is not None and weights is not None:
         trainer.start_from(load_tensors(weights)[0], str(weights))
-    write_preset(config, out)
+    folder = RunFolder(out, config.training.keep_checkpoints)
+    if accelerator.is_main_process:
+        write_preset(config, out)
     began, first_step, frames = time.perf_counter(), trainer.step, 0
     losses: list[float] = []
     bar = ProgressBar("training", trainer.steps, trainer.steps, quiet=quiet, unit="steps", begun=trainer.step)
@@ -83,7 +93,7 @@ def run(
 
     try:
         with bar:
-            train(trainer, out, on_step)
+            train(trainer, folder, on_step)
     except KeyboardInterrupt:
         note(f"interrupted at step {trainer.step}: go on with ca2vdm train --resume --out {out}", quiet=quiet)
         raise
@@ -109,30 +119,34 @@ def run(
         note(f"  left out {len(source.skipped)} of {len(source.files)} videos: {source.reasons()}", quiet=quiet)
 
 
-def _check_folder(out: Path, resume: bool) -> dict[str, str]:
-    """Refuse a folder that can't be used, before anything is made; returns what a run to resume remembers.
+def _check_folder(out: Path, resume: bool, quiet: bool) -> Checkpoint | None:
+    """Refuse a folder that can't be used, before anything is made; returns what to resume from.
 
     Raises:
         UsageError: there is no run to resume, or one that would be overwritten, or no folder to write to.
-        UserError: what is there is no training state.
+        UserError: what is there can't be gone on from.
     """
-    state = out / STATE_FILE
+    folder = RunFolder(out)
     if resume:
-        if not state.is_file():
-            raise UsageError(f"--out {out}: no {STATE_FILE} there, so there is nothing to resume")
-        stored = load_metadata(state)
-        known = stored.get("aspect", Aspect.STRETCH) in list(Aspect)
-        if not known or not re.fullmatch(r"[0-9]{1,20}", stored.get("seed", "")):
-            raise UserError(f"{state}: its metadata has no seed, or an unknown aspect; not a training state")
-        return stored
-    if state.is_file():
+        last, problems = folder.newest()
+        if last is None and problems:
+            raise UserError(f"--out {out}: no whole checkpoint is left ({problems[0]})")
+        if last is None:
+            raise UsageError(f"--out {out}: no {CHECKPOINTS} there, so there is nothing to resume")
+        known = last.facts.get("aspect", Aspect.STRETCH) in list(Aspect)
+        if not known or not re.fullmatch(r"[0-9]{1,20}", last.facts.get("seed", "")):
+            raise UserError(f"{last.folder}: it has no seed, or an unknown aspect; not a training run's checkpoint")
+        for problem in problems:
+            note(f"{problem}; going on from step {last.step}", quiet=quiet)
+        return last
+    if folder.begun:
         raise UsageError(f"--out {out}: holds a run already; go on with --resume, or choose another folder")
     if (out / WEIGHTS_FILE).exists():
         raise UsageError(f"--out {out}: holds a {WEIGHTS_FILE} already; choose another folder")
     nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UsageError(f"--out {out}: {nearest} is not a folder that you can write to; choose another")
-    return {}
+    return None
 
 
 def _source(loaded: LoadedPreset, data: Path | None, seed: int, aspect: Aspect) -> ClipSource:

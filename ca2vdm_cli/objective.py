@@ -1,0 +1,130 @@
+"""The training objective: clean prefix at timestep 0, loss on the noisy chunks (Ca2-VDM, section 3.2).
+
+Shape letters: B batch, C channels, T frames (P clean, then J chunks of l), h, w latent size, M text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import TemporalPositions, TrainingConfig
+from .diffusion import NoiseProcess, variational_bound
+from .frame_plan import FrameClock
+from .model import CausalVideoTransformer
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers that a batch is trained with. Each clip has its own, whatever batch it is in."""
+
+    timestep: Tensor
+    """(B, J) int64: of each noisy chunk."""
+    noise: Tensor
+    """(B, C, J·l, h, w): of the noisy chunks."""
+    prefix_level: Tensor
+    """(B, P) int64: timesteps of the prefix's perturbation; (B, 0) without one."""
+    prefix_noise: Tensor
+    """(B, C, P, h, w), or with no frames."""
+    offset: Tensor
+    """(B, 1) in [0, 1): where a full clip starts in the table of positions, as a share of the places it can."""
+
+    def to(self, device: torch.device) -> Draw:
+        """A copy on a device; timesteps stay on the CPU, where their table is."""
+        return replace(self, noise=self.noise.to(device), prefix_noise=self.prefix_noise.to(device))
+
+    @classmethod
+    def stack(cls, draws: Sequence[Draw]) -> Draw:
+        """The draws of several batches as those of one."""
+        return cls(*(torch.cat([getattr(draw, field.name) for draw in draws]) for field in fields(cls)))
+
+
+class Objective(nn.Module):
+    """What training minimises, as one module: the network and the loss on top of it. Wrap it whole (DDP, FSDP).
+
+    Args:
+        model: the network.
+        process: its noise process.
+        training: timestep shift and the variance term's weight.
+    """
+
+    def __init__(self, model: CausalVideoTransformer, process: NoiseProcess, training: TrainingConfig) -> None:
+        super().__init__()
+        self.model, self.process, self.training_config = model, process, training
+
+    def clean_frames(self, prefix: int, chunks: int) -> int:
+        """Frames that are fed clean: all but the last chunk's."""
+        return prefix + (chunks - 1) * self.model.config.chunk_frames
+
+    def draw(self, prefix: int, chunks: int, generator: torch.Generator | None = None) -> Draw:
+        """One clip's random numbers, from its own CPU generator (B = 1)."""
+        config = self.model.config
+        size = (config.latent_height, config.latent_width)
+        chunk = (config.in_channels, config.chunk_frames, *size)
+        timestep = self.process.draw_timesteps(chunks, self.training_config.timestep_shift, generator)
+        noise = torch.cat([self.process.draw_noise(chunk, generator) for _ in range(chunks)], dim=1)
+        level = self.process.draw_levels(self.clean_frames(prefix, chunks), config.chunk_frames, generator)
+        prefix_noise = torch.randn((config.in_channels, len(level), *size), generator=generator)
+        offset = torch.rand(1, generator=generator)
+        return Draw(timestep[None], noise[None], level[None], prefix_noise[None], offset[None])
+
+    def forward(
+        self, clip: Tensor, prefix: int, draw: Draw, text: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss on a batch.
+
+        Args:
+            clip: latents (B, C, T, h, w), T at least P + J·l; what is beyond is left out.
+            prefix: P, clean frames before the first chunk; clean frames carry timestep 0.
+            draw: its timesteps say how many chunks are trained, J. Each is conditioned on the clean frames before it
+                and noised to a timestep of its own, and all share one pass over the clean frames.
+            text: embedding (B, M, text_channels) and mask (B, M) for models with text.
+
+        Returns:
+            The loss, mean over the chunks, and its terms by name, (B, J) each and detached.
+        """
+        config, process = self.model.config, self.process
+        batch, chunks = draw.timestep.shape
+        frames, clean = prefix + chunks * config.chunk_frames, self.clean_frames(prefix, chunks)
+        latents = _by_chunk(clip[:, :, prefix:frames], chunks)  # (B*J, C, l, h, w)
+        noise, timestep = _by_chunk(draw.noise, chunks), draw.timestep.flatten()
+        x = process.add_noise(latents, noise, timestep)
+        noisy = x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)  # (B, C, J*l, h, w)
+        context = clip[:, :, :clean]
+        if draw.prefix_level.shape[1]:
+            context = process.add_noise(context, draw.prefix_noise, draw.prefix_level)
+
+        clock = FrameClock(config, sink_frames=None if chunks > 1 else 0)
+        if chunks == 1:
+            plan = self.model.context_plan(config.chunk_frames, prefix, clock)
+        else:
+            plan = self.model.parallel_plan(prefix, chunks, clock)
+        if frames >= clock.slots and config.temporal_positions is not TemporalPositions.ROPE:
+            # full clips start anywhere: in a table that wraps at every entry, in one that does not where they still fit
+            cyclic = config.temporal_positions is TemporalPositions.CYCLIC
+            starts = clock.table if cyclic else clock.table - frames + 1
+            offset = (draw.offset * starts).long().to(clip.device)
+            plan = replace(plan, positions=(plan.positions + offset) % clock.table)
+        keys_values = self.model.text_keys_values(*text) if text is not None else []
+
+        steps = draw.timestep.to(clip.device)
+        out = self.model(torch.cat([context, noisy], dim=2), steps, plan, text=keys_values).float()
+        out = _by_chunk(out, chunks)
+        prediction, variance = out[:, : config.in_channels], out[:, config.in_channels :]
+        target = process.target(latents, noise, timestep)
+        mse = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)  # (B*J,)
+        terms, loss = {"mse": mse}, mse.mean()
+        if config.learn_variance:
+            terms["bound"] = variational_bound(process, latents, x, timestep, prediction.detach(), variance)
+            weight = self.training_config.variance_weight * process.config.train_timesteps
+            loss = loss + weight * terms["bound"].mean()
+        return loss, {name: term.detach().view(batch, chunks) for name, term in terms.items()}
+
+
+def _by_chunk(x: Tensor, chunks: int) -> Tensor:
+    """(B, C, J*l, h, w) -> (B*J, C, l, h, w): every chunk is noised and judged on its own."""
+    return x.unflatten(2, (chunks, -1)).transpose(1, 2).flatten(0, 1)

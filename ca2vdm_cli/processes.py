@@ -1,0 +1,69 @@
+"""The processes of a run, through accelerate: one on a laptop, or many that ``accelerate launch`` has started.
+
+Only CPU processes (gloo) were ever run by the authors; GPUs, FSDP and DeepSpeed are written from accelerate's
+documentation.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .config import Precision
+from .errors import UsageError, UserError
+from .runtime import resolve_device
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def launched() -> bool:
+    """Whether a launcher (``accelerate launch``, ``torchrun``) has started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def make_accelerator(device: str, precision: Precision) -> Accelerator:
+    """accelerate's view of this run.
+
+    Args:
+        device: ``auto`` or a name; a launcher gives every process its own GPU.
+        precision: what to compute in.
+
+    Raises:
+        UserError: accelerate is not installed.
+        UsageError: a device that accelerate would not take.
+    """
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+    except ImportError as error:
+        raise UserError("training needs accelerate: pip install 'ca2vdm[train]'") from error
+    where = resolve_device(device)
+    if where.type == "cuda" and where.index:
+        raise UsageError(
+            f"--device {device}: training takes the first GPU that it sees; choose it by CUDA_VISIBLE_DEVICES"
+        )
+    return Accelerator(
+        cpu=where.type == "cpu",
+        mixed_precision="bf16" if precision is Precision.BFLOAT16 else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # an empty prefix leaves some out
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter or moment as one ordinary tensor, gathered from the processes that share it (FSDP)."""
+    gather = getattr(tensor, "full_tensor", None)
+    full: Tensor = gather() if gather is not None else tensor
+    return full
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """An ordinary tensor laid out as another is: on its device, and shared among processes as it is (FSDP)."""
+    tensor = tensor.to(other.device)
+    if not hasattr(other, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(other, DTensor)
+    return distribute_tensor(tensor, other.device_mesh, other.placements)
