@@ -201,6 +201,10 @@ def train(
         AspectName | None,
         typer.Option(help="When a video's shape is not the model's: cut, add bars, or distort (default: stretch)."),
     ] = None,
+    validation_data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Held-out videos for validation. Default: synthetic, else the training data."),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where weights and state go.")] = Path("runs/train"),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: the preset's.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to begin from (fine-tuning).")] = None,
@@ -221,6 +225,7 @@ def train(
         preset,
         data,
         None if aspect is None else aspect.value,
+        validation_data,
         out,
         steps,
         checkpoint,

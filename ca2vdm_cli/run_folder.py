@@ -3,7 +3,9 @@
     RUN/preset.yaml              what is trained, and how: ``ca2vdm sample --preset RUN`` needs nothing else
     RUN/ema.safetensors          the newest averaged weights
     RUN/autoencoder.safetensors  for the conv autoencoder
-    RUN/metrics.jsonl            one line a step
+    RUN/metrics.jsonl            one line a step; validation.jsonl, one a validation
+    RUN/validation/              videos and contact sheets from fixed seeds
+    RUN/tensorboard/             the same numbers for TensorBoard
     RUN/checkpoints/step-00000500/{ema,state}.safetensors, checkpoint.json
 
 A checkpoint is written under another name and renamed when it is whole and on the disk, so a run can be killed at any
@@ -103,7 +105,7 @@ class RunFolder:
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, and a line on each newer one that is damaged."""
-        problems = []
+        problems: list[str] = []
         for folder in self._numbered():
             try:
                 return self._read(folder), problems
@@ -111,13 +113,15 @@ class RunFolder:
                 problems.append(str(error))
         return None, problems
 
-    def open_metrics(self, step: int) -> None:
-        """Drop lines of ``metrics.jsonl`` beyond ``step``: what a killed run did after its last checkpoint."""
-        path = self.path / METRICS_FILE
+    def drop_lines_after(self, name: str, step: int) -> None:
+        """Drop lines of a log beyond ``step``: what a killed run did after its last checkpoint."""
+        path = self.path / name
         with _one_line(path):
             self.path.mkdir(parents=True, exist_ok=True)
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             kept = [line for line in lines if _step_of(line) <= step]
+            if kept == lines:
+                return
             temporary = path.with_name(f".{path.name}.partial")
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             temporary.replace(path)

@@ -5,12 +5,11 @@ Shape letters: B clips of this process and forward, C channels, T frames, H, W p
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,10 @@ from .model import CausalVideoTransformer
 from .objective import Draw, Objective
 from .presets import PRESET_FILE, dump_preset
 from .processes import like, whole
-from .run_folder import METRICS_FILE, STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
+from .run_folder import STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
+from .runtime import peak_memory
+from .training_log import TrainingLog
+from .validation import Validator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,6 +63,8 @@ class StepReport:
     """Of these, turning them into latents."""
     frames: int
     """Frames that the loss was on."""
+    memory_bytes: int
+    """Peak memory of this process so far; on a GPU, of its allocations."""
 
 
 class Trainer:
@@ -193,6 +197,7 @@ class Trainer:
             data_seconds=data_seconds,
             encode_seconds=encode_seconds,
             frames=training.batch_size * chunks * chunk,
+            memory_bytes=peak_memory(self.device),
         )
 
     def _generator(self, purpose: int, index: int) -> torch.Generator:
@@ -245,13 +250,17 @@ class Trainer:
             averages, [own[k].detach() for k, v in self.average.items() if v.is_floating_point()], 1 - decay
         )
 
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The moving average, gathered from all processes."""
+        return {key: whole(value) for key, value in self.average.items()}
+
     # ------------------------------------------------------------------------------------------------- on disk
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint: the averaged weights, which ``sample`` loads, and the state to resume from."""
         state = {f"model.{key}": whole(value) for key, value in self.model.state_dict().items()}
         for name, key, moments in self._moments():
             state |= {f"{name}.{key}.{moment}": whole(value) for moment, value in moments.items()}
-        average = {key: whole(value) for key, value in self.average.items()}
+        average = self.averaged_weights()
         if self.accelerator.is_main_process:
             facts = {"seed": str(self.seed), "steps": str(self.steps), **self.origin}
             folder.save(self.step, facts, {WEIGHTS_FILE: average, STATE_FILE: state})
@@ -275,7 +284,7 @@ class Trainer:
         if average.keys() != self.average.keys():
             raise UserError(f"{checkpoint.folder / WEIGHTS_FILE}: not the weights of these settings")
         self.average = {key: like(average[key], own) for key, own in self.average.items()}
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for part, moments in parts.items():
             state = self.optimizers[part].state
             parameters = {names[p]: p for group in self.optimizers[part].param_groups for p in group["params"]}
@@ -290,7 +299,7 @@ class Trainer:
 
     def _moments(self) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
         """Each optimizer's moments of each parameter, by the names of both."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, inner in self.optimizers.items():
             for parameter, moments in inner.state.items():
                 yield optimizer, names[parameter], moments
@@ -332,24 +341,30 @@ def make_optimizers(model: nn.Module, training: TrainingConfig) -> dict[str, tor
     return optimizers
 
 
-def train(trainer: Trainer, folder: RunFolder, on_step: Callable[[StepReport], None]) -> None:
-    """Train to the last step, saving every ``training.checkpoint_every`` steps, at the end, and when interrupted.
+def train(
+    trainer: Trainer,
+    folder: RunFolder,
+    on_step: Callable[[StepReport], None],
+    validator: Validator | None = None,
+) -> None:
+    """Train to the last step, saving and validating as the preset says, and at the end.
 
-    A step that fails (a gradient that is not finite) saves nothing: the last checkpoint is what to go on from.
+    An interrupt waits for the step's end and saves. A step that fails (a gradient that is not finite) saves nothing:
+    the last checkpoint is what to go on from.
     """
-    main, every = trainer.accelerator.is_main_process, trainer.preset.training.checkpoint_every
-    if main:
-        folder.open_metrics(trainer.step)
-    log = (folder.path / METRICS_FILE).open("a", encoding="utf-8") if main else nullcontext()
-    with log, held_interrupts() as interrupted:
+    training, main = trainer.preset.training, trainer.accelerator.is_main_process
+    with TrainingLog(folder, trainer.step, active=main) as log, held_interrupts() as interrupted:
         while trainer.step < trainer.steps and not interrupted():
             report = trainer.train_step()
-            if main:
-                log.write(json.dumps(asdict(report)) + "\n")
-                log.flush()
-                on_step(report)
-            if trainer.step % every == 0 and trainer.step < trainer.steps:
+            log.step(report)
+            on_step(report)
+            done = trainer.step == trainer.steps
+            if trainer.step % training.checkpoint_every == 0 and not done:
                 trainer.save(folder)
+            if training.validate_every and (trainer.step % training.validate_every == 0 or done):
+                weights = trainer.averaged_weights()
+                if main and validator is not None:
+                    log.validation(validator(weights, trainer.step))
         trainer.save(folder)
 
 

@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ca2vdm_cli.config import DiffusionConfig, ModelConfig, Prediction, SpatialPrefix, TemporalPositions, TrainingConfig
+from ca2vdm_cli.config import (
+    BetaSchedule,
+    DiffusionConfig,
+    ModelConfig,
+    Prediction,
+    SpatialPrefix,
+    TemporalPositions,
+    TrainingConfig,
+)
 from ca2vdm_cli.diffusion import NoiseProcess
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.frame_plan import FrameClock, FramePlan
@@ -224,7 +232,9 @@ def test_a_new_model_learns_one_batch(prediction: Prediction, make_config: MakeC
     torch.manual_seed(0)
     flow = prediction is Prediction.FLOW
     model = CausalVideoTransformer(make_config(learn_variance=not flow), backends()["sdpa"])
-    process = NoiseProcess(DiffusionConfig(prediction=prediction, beta_schedule="flow" if flow else "linear"))
+    process = NoiseProcess(
+        DiffusionConfig(prediction=prediction, beta_schedule=BetaSchedule.FLOW if flow else BetaSchedule.LINEAR)
+    )
     objective, clip = Objective(model, process, TrainingConfig()), random(4, 4, 8, 4, 4)
     numbers = draw(objective, 4, 3)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

@@ -60,7 +60,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that the next step depends on, and the average."""
     tensors = {f"model.{key}": value.clone() for key, value in trainer.model.state_dict().items()}
     tensors |= {f"average.{key}": value.clone() for key, value in trainer.average.items()}
-    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in trainer.model.named_parameters()}
     for optimizer, inner in trainer.optimizers.items():
         for parameter, moments in inner.state.items():
             tensors |= {f"{optimizer}.{names[parameter]}.{key}": value.clone() for key, value in moments.items()}
@@ -204,6 +204,9 @@ def test_clips_are_read_in_order_and_only_as_long_as_needed(run: Runs, source: C
 
         def crop(self, index: int, side: int) -> Tensor:
             raise AssertionError("no pictures are needed")
+
+        def caption(self, index: int) -> str | None:
+            return None
 
     trainer = run(source=Counting())
     prefixes = [trainer.train_step().prefix for _ in range(3)]

@@ -20,15 +20,22 @@ from ..plugins import choose_backend
 from ..presets import LoadedPreset
 from ..processes import make_accelerator
 from ..run_folder import AUTOENCODER_FILE, CHECKPOINTS, WEIGHTS_FILE, Checkpoint, RunFolder
-from ..terminal import ProgressBar, duration, note, print_json
+from ..terminal import ProgressBar, duration, note, print_json, size
 from ..trainer import StepReport, Trainer, train, write_preset
+from ..validation import Validator
 from ..video_io import Aspect
+
+SMOOTHED_STEPS = 50
+"""Steps that a shown loss is averaged over."""
+HELD_OUT = 1_000_003
+"""Added to the seed for synthetic clips that are not trained on."""
 
 
 def run(
     preset: str | None,
     data: Path | None,
     aspect: str | None,
+    validation_data: Path | None,
     out: Path,
     steps: int | None,
     checkpoint: Path | None,
@@ -78,27 +85,36 @@ def run(
     elif checkpoint is not None and weights is not None:
         trainer.start_from(load_tensors(weights)[0], str(weights))
     folder = RunFolder(out, config.training.keep_checkpoints)
+    validator = None
+    if config.training.validate_every and accelerator.is_main_process:
+        held_out = source
+        if validation_data is not None or data is None:
+            held_out = _source(loaded, validation_data, run_seed + HELD_OUT, fit)
+        validator = Validator(config, held_out, autoencoder, chosen, where, trainer.prefixes, out / "validation")
     if accelerator.is_main_process:
         write_preset(config, out)
     began, first_step, frames = time.perf_counter(), trainer.step, 0
     losses: list[float] = []
     bar = ProgressBar("training", trainer.steps, trainer.steps, quiet=quiet, unit="steps", begun=trainer.step)
 
+    waited = 0.0
+
     def on_step(report: StepReport) -> None:
-        nonlocal frames
-        frames += report.frames
+        nonlocal frames, waited
+        frames, waited = frames + report.frames, waited + report.data_seconds
         losses.append(report.loss)
-        smooth = sum(losses[-50:]) / len(losses[-50:])
-        bar.advance(finished=report.step, info=f"loss {smooth:.4f}")
+        rate = report.frames / report.seconds
+        numbers = f"loss {_smooth(losses):.4f}  lr {report.learning_rate:.1e}  {rate:.0f} frames/s"
+        bar.advance(finished=report.step, info=f"{numbers}  {size(report.memory_bytes)}")
 
     try:
         with bar:
-            train(trainer, folder, on_step)
+            train(trainer, folder, on_step, validator)
     except KeyboardInterrupt:
         note(f"interrupted at step {trainer.step}: go on with ca2vdm train --resume --out {out}", quiet=quiet)
         raise
     seconds = time.perf_counter() - began
-    loss = sum(losses[-50:]) / len(losses[-50:]) if losses else None
+    loss = _smooth(losses) if losses else None
     if as_json:
         print_json(
             {
@@ -106,6 +122,7 @@ def run(
                 "seconds": seconds,
                 "steps_this_run": trainer.step - first_step,
                 "trained_frames_per_second": frames / seconds,
+                "data_share": waited / seconds,
                 "loss": loss,
                 "output": str(out),
             }
@@ -114,9 +131,16 @@ def run(
         note(f"{out} is at step {trainer.step} already; ask for more with --steps", quiet=quiet)
     else:
         note(f"trained to step {trainer.step} in {duration(seconds)}, loss {loss:.4f} → {out}", quiet=quiet)
+        note(f"  {frames / seconds:.0f} frames/s, {waited / seconds:.0%} of the time waiting for data", quiet=quiet)
         note(f"  sample it with: ca2vdm sample --preset {out}", quiet=quiet)
     if isinstance(source, VideoFolder) and source.skipped and not as_json:
         note(f"  left out {len(source.skipped)} of {len(source.files)} videos: {source.reasons()}", quiet=quiet)
+
+
+def _smooth(losses: list[float]) -> float:
+    """Mean of the last steps'."""
+    last = losses[-SMOOTHED_STEPS:]
+    return sum(last) / len(last)
 
 
 def _check_folder(out: Path, resume: bool, quiet: bool) -> Checkpoint | None:
