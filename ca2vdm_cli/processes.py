@@ -19,9 +19,19 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def launched() -> bool:
-    """Whether a launcher (``accelerate launch``, ``torchrun``) has started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def launched() -> tuple[int, int]:
+    """This process's number, and how many a launcher (``accelerate launch``, ``torchrun``) has started; alone (0, 1)."""
+    try:
+        rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        return 0, 1
+    return (rank, processes) if 0 <= rank < processes else (0, 1)
+
+
+def share_of(count: int) -> range:
+    """Which of ``count`` pieces of work are this process's: as even as can be, in order."""
+    rank, processes = launched()
+    return range(count * rank // processes, count * (rank + 1) // processes)
 
 
 def make_accelerator(device: str, precision: Precision) -> Accelerator:
@@ -40,7 +50,7 @@ def make_accelerator(device: str, precision: Precision) -> Accelerator:
     except ImportError as error:
         raise UserError("training needs accelerate: pip install 'ca2vdm[train]'") from error
     where = resolve_device(device)
-    if where.type == "cuda" and where.index:
+    if where.type == "cuda" and where.index and device != "auto":
         raise UsageError(
             f"--device {device}: training takes the first GPU that it sees; choose it by CUDA_VISIBLE_DEVICES"
         )

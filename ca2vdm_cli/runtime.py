@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import resource
 import sys
@@ -25,13 +26,14 @@ class Dtype(str, Enum):
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` (a GPU if there is one) or any device name of PyTorch.
+    """``auto`` (a GPU if there is one; of several processes each its own) or any device name of PyTorch.
 
     Raises:
         UsageError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        return torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -143,9 +143,12 @@ def status(message: str, *, quiet: bool = False) -> Iterator[None]:
 def print_run_report(report: Mapping[str, Any]) -> None:
     """What a run made, what memory it took, and where the time went."""
     out = console()
-    output = report["output"] if report["num_videos"] == 1 else f"{report['output'][0]} … {report['output'][-1]}"
+    output = report["output"]
+    if not isinstance(output, str):
+        output = output[0] if len(output) == 1 else f"{output[0]} … {output[-1]}"
     frames = f"{report['frames']} {'new ' if report['input_frames'] else ''}frame{'' if report['frames'] == 1 else 's'}"
     what = frames + (f" × {report['num_videos']} videos" if report["num_videos"] > 1 else "")
+    what += f" in the first of {report['processes']} processes" if report["processes"] > 1 else ""
     out.print(
         Text.assemble(
             ("✔ ", "green"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ca2vdm_cli.commands.check_data import run as check_data
-from ca2vdm_cli.config import Crop, DataConfig, DataFormat, Preset, Split, VideoConfig
+from ca2vdm_cli.config import Crop, DataConfig, DataFormat, Preset, Split
 from ca2vdm_cli.data import MovingDigits, VideoClips, clips, open_clips, read_layout, records
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.presets import load_preset
@@ -107,8 +107,11 @@ def test_no_test_part_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_which_nothing_is_usable(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no usable video \(no video files\)"):
-        source(tmp_path)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path, tmp_path / "pipe.mp4"):
+        with pytest.raises(UserError, match=r"no usable video \(no video files\)|Not a directory"):
+            source(path)
+    (tmp_path / "pipe.mp4").unlink()
     (tmp_path / "video").mkdir()
     (tmp_path / "video/1.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"no usable video \(video: .*cannot be read") as caught:
@@ -301,6 +304,7 @@ def test_jsonl(tmp_path: Path) -> None:
     write_video(tmp_path / "frames/video1", pictures(8, first=20))
     outside = write_video(tmp_path.parent / f"{tmp_path.name}-outside.mp4", pictures(8))
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.mp4")
     lines = [
         {"path": "videos/video0.mp4", "text": "it brightens", "id": 7},
         {"path": "frames/video1"},
@@ -312,6 +316,7 @@ def test_jsonl(tmp_path: Path) -> None:
         {"path": "videos/video0.mp4", "text": ["a", "b"]},
         {"path": "videos/\0.mp4"},
         [1],
+        {"path": "pipe.mp4"},
     ]
     text = "\n".join(map(json.dumps, lines)) + "\n{not json\n\n" + "[" * 100_000
     (tmp_path / "train.jsonl").write_text("\ufeff" + text)
@@ -323,8 +328,8 @@ def test_jsonl(tmp_path: Path) -> None:
     assert reasons["line 3"] == reasons["line 4"] == "path must be relative and stay in the list's folder"
     assert "No such file" in reasons["line 6: videos/absent.mp4"]
     assert reasons["line 7"] == "empty is a folder without images"
-    assert {"line 5", "line 8", "line 9", "line 10", "line 11", "line 13"} <= reasons.keys()
-    assert len(reasons) == 10
+    assert {"line 5", "line 8", "line 9", "line 10", "line 11: pipe.mp4", "line 12", "line 14"} <= reasons.keys()
+    assert len(reasons) == 11
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe\n", "not UTF-8"), (b"x" * 2**21, "longer than")])
@@ -412,7 +417,3 @@ def test_check_data_of_nothing_usable(tmp_path: Path) -> None:
         check_data("tiny", None, None, [], as_json=True, quiet=False)
     with pytest.raises(UsageError, match="works on latents only"):
         check_data("bench-small", tmp_path, None, [], as_json=True, quiet=False)
-
-
-def test_no_reader_needs_tensorflow() -> None:
-    assert "tensorflow" not in sys.modules and VideoConfig(height=1, width=1).channels == 3

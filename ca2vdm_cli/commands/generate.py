@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .. import STARTED
 from ..errors import UsageError
 from ..interrupts import held_interrupts
 from ..pipeline import Frames, Pipeline, RunOptions, VideoChunk
+from ..processes import launched, share_of
 from ..runtime import peak_memory
 from ..terminal import ProgressBar, note, print_json, print_run_report, status
 from ..video_io import Aspect, Frame, Geometry, Size, VideoReader, VideoWriter, open_reader, open_writer, to_channels
@@ -85,6 +86,8 @@ class Request:
         if output == "-" and (self.num_videos > 1 or self.as_json):
             other = "--num-videos" if self.num_videos > 1 else "--json"
             raise UsageError(f"-o -: standard output holds one video and nothing else; leave out {other}")
+        if output is None and launched()[1] > 1:
+            raise UsageError("-o: needed when several processes share the videos; each writes its own")
         if output == "-" and sys.stdout.isatty():
             raise UsageError("-o -: standard output is a terminal; pipe it into a player, or name a file")
         if output is None:
@@ -222,12 +225,18 @@ def _run(
     steps = request.steps or pipeline.config.sampling.steps
     per_video = -(-frames // pipeline.config.model.chunk_frames) * steps
     tally = _Tally()
+    mine = share_of(request.num_videos)
+    targets = [targets[k] for k in mine]
+    if not targets:
+        return
+    if launched()[0]:  # the first process speaks, of its own videos
+        request = replace(request, quiet=True, as_json=False)
     with ExitStack() as stack:
         writers = [
             stack.enter_context(open_writer(t, format=request.format, fps=fps, overwrite=request.overwrite))
             for t in targets
         ]
-        total = per_video * -(-request.num_videos // BATCH)
+        total = per_video * -(-len(mine) // BATCH)
         try:
             reading = time.perf_counter()
             with status("reading", quiet=request.quiet):
@@ -235,14 +244,14 @@ def _run(
             tally.seconds["input"] = time.perf_counter() - reading
             # in a pipe the next command shows how far it is, and two bars on one terminal would garble each other
             quiet = request.quiet or (targets == ["-"] and stat.S_ISFIFO(os.fstat(1).st_mode))
-            bar = stack.enter_context(ProgressBar("sampling", total, frames * request.num_videos, quiet=quiet))
-            for first in range(0, request.num_videos, BATCH):
-                group = range(first, min(first + BATCH, request.num_videos))
-                for chunk in chunks(list(group), lambda _chunk, _step: bar.advance()):
-                    _write(chunk, [writers[k] for k in group], shown, tally)
+            bar = stack.enter_context(ProgressBar("sampling", total, frames * len(mine), quiet=quiet))
+            for first in range(0, len(mine), BATCH):
+                group = writers[first : first + BATCH]
+                for chunk in chunks(list(mine[first : first + BATCH]), lambda _chunk, _step: bar.advance()):
+                    _write(chunk, group, shown, tally)
                     bar.advance(steps=0, finished=tally.frames)
-                for k in group:
-                    writers[k].close()
+                for writer in group:
+                    writer.close()
         except KeyboardInterrupt:
             stack.close()
             where = ", ".join(writer.name for writer in writers if writer.frames)
@@ -269,7 +278,8 @@ def _report(request: Request, pipeline: Pipeline, targets: list[str], frames: in
     report = {
         "frames": frames,
         "input_frames": tally.input_frames,
-        "num_videos": request.num_videos,
+        "num_videos": len(targets),
+        "processes": launched()[1],
         "seconds": seconds,
         "first_chunk_seconds": tally.first_chunk_seconds,
         "frames_per_second": tally.frames / seconds,
@@ -277,7 +287,7 @@ def _report(request: Request, pipeline: Pipeline, targets: list[str], frames: in
         "cache_bytes": tally.context_bytes if request.strategy == "cached" else 0,
         "context_bytes": tally.context_bytes,
         "weights_bytes": pipeline.weights_bytes,
-        "output": targets[0] if len(targets) == 1 else targets,
+        "output": targets[0] if request.num_videos == 1 else targets,
         "preset": pipeline.preset.name,
         "backend": pipeline.backend.name,
         "device": str(pipeline.model.device),

@@ -1,0 +1,149 @@
+"""``train --check-data``: reads a data set as training would, and says what is in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.markup import escape
+
+from ..config import Crop, DataConfig
+from ..data import Layout, Video, read_layout
+from ..errors import UsageError, UserError
+from ..presets import DEFAULT_PRESET, load_preset
+from ..terminal import ProgressBar, console, note, print_json, table
+
+ROWS = 20
+"""Rejects that the table names; ``--json`` has all."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one usable video is."""
+
+    frames: int
+    size: tuple[int, int]
+    fps: float | None
+
+
+def run(
+    preset: str | None,
+    data: Path | None,
+    aspect: str | None,
+    overrides: list[str],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Count clips, hours, resolutions, frame rates, captions and rejects; decodes two frames of every video.
+
+    Raises:
+        UsageError: there is nothing to read, or it is not what ``data.format`` says.
+        UserError: nothing in it is usable; the message gives the reasons.
+    """
+    loaded = load_preset(preset or DEFAULT_PRESET, overrides)
+    config = loaded.config
+    if config.video is None:
+        raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
+    if data is None:
+        raise UsageError("--check-data: the preset's synthetic data needs no check; name a data set with --data")
+    training = config.training
+    frames = (training.clip_frames if training.parallel_chunks else None) or config.model.window_frames
+    settings = config.data if aspect is None else replace(config.data, crop=Crop(aspect))
+    span = (frames - 1) * settings.stride + 1
+    layout = read_layout(data, settings)
+    found, rejects = _read(layout, span, quiet)
+    if not found:
+        reasons = [f"{name}: {reason}" for name, reason in list(rejects.items())[:3]]
+        more = f"; and {len(rejects) - 3} more" if len(rejects) > 3 else ""
+        raise UserError(f"{data}: no usable video ({'; '.join(reasons) or 'no video files'}{more})")
+    sizes = Counter(f"{width}x{height}" for height, width in (video.size for video in found.values()))
+    rates = Counter("none" if video.fps is None else f"{video.fps:.4g}" for video in found.values())
+    captions = sum(video.caption is not None for video in layout.videos if video.name in found)
+    seconds = sum(video.frames / (video.fps or config.video.fps) for video in found.values())
+    report = {
+        "data": str(data),
+        "format": layout.format.value,
+        "videos": len(layout.videos),
+        "usable_videos": len(found),
+        "frames": sum(video.frames for video in found.values()),
+        "hours": seconds / 3600,
+        "clip_frames": frames,
+        "stride": settings.stride,
+        "clips": sum(video.frames // span for video in found.values()),
+        "start_positions": sum(video.frames - span + 1 for video in found.values()),
+        "resolutions": dict(sizes.most_common()),
+        "frame_rates": dict(rates.most_common()),
+        "captions": captions,
+        "rejects": rejects,
+    }
+    if as_json:
+        print_json(report)
+        return
+    if quiet:
+        return
+    _show(report, settings, sizes, rates, rejects)
+
+
+def _read(layout: Layout, span: int, quiet: bool) -> tuple[dict[str, _Found], dict[str, str]]:
+    """The usable videos by name, and why the others are not."""
+    found: dict[str, _Found] = {}
+    rejects = dict(layout.rejects)
+    total = len(layout.videos)
+    with ProgressBar("reading", total, total, quiet=quiet, unit="videos") as bar:
+        for done, video in enumerate(layout.videos, 1):
+            try:
+                one = _examine(video)
+                if one.frames < span:
+                    rejects[video.name] = f"{one.frames} frames, a clip has {span}"
+                else:
+                    found[video.name] = one
+            except UserError as error:
+                rejects[video.name] = str(error).removeprefix(f"{video.file}: ")
+            bar.advance(finished=done)
+    return found, rejects
+
+
+def _examine(video: Video) -> _Found:
+    """Look at a video, and decode its first and last frame; raises UserError."""
+    look, frames = video.look(), video.count()
+    size = look.size
+    for number in {0, max(0, frames - 1)}:
+        picture = next(iter(video.read(range(number, number + 1))), None)
+        if picture is None:
+            raise UserError(f"{video.file}: frame {number + 1} of {frames} cannot be decoded")
+        size = size or (picture.shape[0], picture.shape[1])
+    assert size is not None
+    return _Found(frames, size, None if look.fps is None else float(look.fps))
+
+
+def _show(
+    report: Mapping[str, object],
+    settings: DataConfig,
+    sizes: Counter[str],
+    rates: Counter[str],
+    rejects: dict[str, str],
+) -> None:
+    rows = [
+        ["format", f"{report['format']}, split {settings.split.value}"],
+        ["videos", f"{report['videos']}, of which {report['usable_videos']} usable"],
+        ["length", f"{report['frames']} frames, {report['hours']:.3g} hours"],
+        [
+            "clips",
+            f"{report['clips']} of {report['clip_frames']} frames side by side at stride {settings.stride}, "
+            f"{report['start_positions']} starts",
+        ],
+        ["resolutions", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8))],
+        ["frames per second", ", ".join(f"{rate} ({count})" for rate, count in rates.most_common(8))],
+        ["captions", str(report["captions"])],
+        ["rejects", str(len(rejects))],
+    ]
+    out = console()
+    out.print(table(["", ""], rows, title=escape(str(report["data"]))))
+    if rejects:
+        shown = [[escape(name), escape(reason)] for name, reason in list(rejects.items())[:ROWS]]
+        out.print(table(["reject", "reason"], shown))
+    if len(rejects) > ROWS:
+        note(f"  and {len(rejects) - ROWS} more; --json names them all")

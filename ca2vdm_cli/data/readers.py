@@ -1,0 +1,332 @@
+"""Readers: which videos a path holds, for each layout that data sets come in.
+
+Names inside lists (UCF-101, JSONL) are not trusted: a name that is absolute, or leads out of the folder, is rejected.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from ca2vdm_cli.config import Crop, DataConfig, DataFormat, Preset, Split, VideoConfig
+from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.video_io import IMAGE_SUFFIXES, Aspect
+
+from .clips import VideoClips
+from .digits import MovingDigits
+from .records import find_records
+from .source import ClipSource
+from .videos import ArrayVideo, ImageFolder, RecordVideo, Video, VideoFile, open_array
+
+VIDEO_SUFFIXES = frozenset(
+    (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv", ".y4m")
+)
+"""What is taken for a video in a folder."""
+RECORD_SUFFIXES = frozenset((".tfrecord", ".tfrecords"))
+"""What is taken for a TFRecord file."""
+LINE = 2**20
+"""Bytes of the longest line of a list."""
+_UCF_LISTS = "ucfTrainTestlist"
+_UCF_LINE = re.compile(r"([A-Za-z0-9]+)/(v_[A-Za-z0-9]+_g\d+_c\d+\.avi)(?: \d+)?")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a data set holds."""
+
+    format: DataFormat
+    """How it lies on disk."""
+    videos: tuple[Video, ...]
+    """Its videos, in an order that depends on their names only."""
+    rejects: dict[str, str]
+    """What should have been a video and is none: reasons by name."""
+
+
+def open_clips(
+    path: Path | None,
+    config: Preset,
+    seed: int,
+    frames: int,
+    aspect: Crop | Aspect | None = None,
+) -> ClipSource:
+    """Clips of a data set at a preset's size, drawn as its ``data`` section says.
+
+    Args:
+        path: a folder or file; None for the preset's synthetic data.
+        config: the preset, which has a ``video`` section.
+        seed: of the drawing.
+        frames: the length of the longest clip to come.
+        aspect: overrides ``data.crop``.
+
+    Raises:
+        UsageError: no such path, or one that is not what ``data.format`` says.
+        UserError: nothing in it is usable; the message gives the reasons.
+    """
+    if config.video is None:
+        raise UsageError("video: this preset has no such section, it works on latents only, and there is no data")
+    data = config.data
+    if path is None or data.format is DataFormat.MOVING_DIGITS:
+        if path is not None:
+            raise UsageError(f"{path}: data.format moving-digits is made on the fly; leave out --data")
+        if config.synthetic_data is None:
+            raise UsageError("synthetic_data: this preset has none; name a folder of videos with --data")
+        return MovingDigits(config.synthetic_data, config.video, seed)
+    if aspect is not None:
+        data = replace(data, crop=Crop(aspect.value))
+    layout = read_layout(path, data)
+    return VideoClips(str(path), layout.videos, layout.rejects, config.video, data, seed, frames)
+
+
+class VideoFolder(VideoClips):
+    """``VideoClips`` of a path whose layout is guessed: any that ``read_layout`` knows."""
+
+    def __init__(
+        self, path: Path, video: VideoConfig, seed: int, frames: int = 1, aspect: Aspect = Aspect.STRETCH
+    ) -> None:
+        data = DataConfig(crop=Crop(aspect.value))
+        layout = read_layout(path, data)
+        super().__init__(str(path), layout.videos, layout.rejects, video, data, seed, frames)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that have the videos."""
+        return [video.file for video in self.videos]
+
+
+def read_layout(path: Path, data: DataConfig) -> Layout:
+    """The videos of a data set. Opens lists and indexes, and no video.
+
+    Args:
+        path: a folder or file.
+        data: ``format``, ``split`` and ``split_list`` matter.
+
+    Raises:
+        UsageError: no such path, or one that is not what ``data.format`` says, or has no such split.
+        UserError: a list or index cannot be read.
+    """
+    if not os.path.exists(path):
+        raise UsageError(f"{path}: no such file or folder; --data takes a video, a list, or a folder of videos")
+    chosen = _guess(path) if data.format is DataFormat.AUTO else data.format
+    try:
+        return _READERS[chosen](path, data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+def _guess(path: Path) -> DataFormat:
+    by_suffix = {".jsonl": DataFormat.JSONL, ".npy": DataFormat.MOVING_MNIST}
+    by_suffix |= dict.fromkeys(RECORD_SUFFIXES, DataFormat.BAIR)
+    if path.is_file():
+        return by_suffix.get(path.suffix.lower(), DataFormat.VIDEOS)
+    if any(_ucf_lists(path)):
+        return DataFormat.UCF101
+    suffixes = {file.suffix.lower() for file in _files(path)}
+    if suffixes & VIDEO_SUFFIXES:
+        return DataFormat.VIDEOS
+    if suffixes & RECORD_SUFFIXES:
+        return DataFormat.BAIR
+    if suffixes & IMAGE_SUFFIXES:
+        return DataFormat.FRAMES
+    return DataFormat.MOVING_MNIST if ".npy" in suffixes else DataFormat.VIDEOS
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files in a folder and its subfolders, but hidden ones."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        yield from (Path(place, name) for name in names if name[0] != ".")
+
+
+def _find(path: Path, suffixes: frozenset[str], split: Split) -> list[Path]:
+    """Files with such a suffix: ``path`` itself, or those in it that belong to the split, sorted."""
+    if path.is_file():
+        _need_everything(path, split)
+        return [path]
+    files = (file for root in _roots(path, split) for file in _files(root))
+    return sorted(file for file in files if file.suffix.lower() in suffixes and file.is_file())  # not a named pipe
+
+
+def _roots(path: Path, split: Split) -> list[Path]:
+    """The subfolders of a split (``train``, ``sky_train``, …), or the folder itself where it has no such parts."""
+    parts = None if split is Split.ALL else _parts(path)
+    if parts is None:
+        if split is not Split.ALL:
+            _need_everything(path, split)
+        return [path]
+    return parts[split]
+
+
+def _parts(path: Path) -> dict[Split, list[Path]] | None:
+    """The subfolders of both splits; of the only subfolder, too, since archives unpack to one."""
+    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
+    parts = {
+        split: [folder for folder in inner if re.fullmatch(rf"(.*[_-])?{split.value}(ing)?", folder.name.lower())]
+        for split in (Split.TRAIN, Split.TEST)
+    }
+    if all(parts.values()):
+        return parts
+    return _parts(inner[0]) if len(inner) == 1 else None
+
+
+def _need_everything(path: Path, split: Split) -> None:
+    if split is Split.TEST:
+        raise UsageError(f"data.split: {path} has no folders train and test; use train or all, or name another folder")
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts 2.png before 10.png."""
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", name)], name
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.name if path == root else path.relative_to(root).as_posix()
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a name in a list stays in the list's folder."""
+    path = PurePosixPath(name)
+    return bool(name) and "\0" not in name and "\\" not in name and not path.is_absolute() and ".." not in path.parts
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a list that are not empty, with their numbers.
+
+    Raises:
+        UserError: a line is too long, or not UTF-8.
+    """
+    number = 0
+    with path.open("rb") as file:
+        while line := file.readline(LINE + 1):
+            number += 1
+            if len(line) > LINE:
+                raise UserError(f"{path}: line {number} is longer than {LINE} bytes; not a list of videos")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError:
+                raise UserError(f"{path}: line {number} is not UTF-8 text; not a list of videos") from None
+            if text:
+                yield number, text
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def _read_videos(path: Path, data: DataConfig) -> Layout:
+    files = _find(path, VIDEO_SUFFIXES, data.split)
+    return Layout(DataFormat.VIDEOS, tuple(VideoFile(_name(file, path), None, file) for file in files), {})
+
+
+def _read_frames(path: Path, data: DataConfig) -> Layout:
+    if not path.is_dir():
+        raise UsageError(f"{path}: not a folder; data.format frames takes a folder of folders of images")
+    folders: dict[Path, list[str]] = {}
+    for file in _find(path, IMAGE_SUFFIXES, data.split):
+        folders.setdefault(file.parent, []).append(file.name)
+    videos = (
+        ImageFolder(_name(folder, path), None, folder, tuple(sorted(images, key=_natural)))
+        for folder, images in sorted(folders.items())
+    )
+    return Layout(DataFormat.FRAMES, tuple(videos), {})
+
+
+def _ucf_lists(path: Path) -> Iterator[Path]:
+    """Where the official lists may be, if they are there."""
+    for folder in (path / _UCF_LISTS, path):
+        if (folder / "trainlist01.txt").is_file():
+            yield folder
+
+
+def _read_ucf101(path: Path, data: DataConfig) -> Layout:
+    lists = next(_ucf_lists(path), None)
+    if lists is None:
+        raise UsageError(f"{path}: no {_UCF_LISTS}/trainlist01.txt there; unpack the official lists beside the videos")
+    root = next((place for place in (path / "UCF-101", path / "UCF101", path / "videos") if place.is_dir()), path)
+    kinds = [part for part in (Split.TRAIN, Split.TEST) if data.split in (part, Split.ALL)]
+    videos: dict[str, Video] = {}
+    rejects: dict[str, str] = {}
+    for kind in kinds:
+        list_ = lists / f"{kind.value}list{data.split_list:02}.txt"
+        if not list_.is_file():
+            raise UsageError(f"{list_}: no such list; unpack all of {_UCF_LISTS}")
+        for number, line in _lines(list_):
+            match = _UCF_LINE.fullmatch(line)
+            if match is None:
+                rejects[f"{list_.name} line {number}"] = "not a line such as Class/v_Class_g01_c01.avi 1"
+                continue
+            name = f"{match[1]}/{match[2]}"
+            words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", match[1])
+            videos[name] = VideoFile(name, words, root / match[1] / match[2])
+    return Layout(DataFormat.UCF101, tuple(videos[name] for name in sorted(videos)), rejects)
+
+
+def _read_bair(path: Path, data: DataConfig) -> Layout:
+    videos: list[Video] = []
+    rejects: dict[str, str] = {}
+    for file in _find(path, RECORD_SUFFIXES, data.split):
+        name = _name(file, path)
+        records, problem = find_records(file)
+        if problem:
+            rejects[name] = problem
+        videos += (RecordVideo(f"{name}[{n}]", None, file, *record) for n, record in enumerate(records))
+    return Layout(DataFormat.BAIR, tuple(videos), rejects)
+
+
+def _read_moving_mnist(path: Path, data: DataConfig) -> Layout:
+    videos: list[Video] = []
+    rejects: dict[str, str] = {}
+    for file in _find(path, frozenset({".npy"}), data.split):
+        name = _name(file, path)
+        try:
+            count = open_array(file).shape[1]
+        except UserError as error:
+            rejects[name] = str(error).removeprefix(f"{file}: ")
+            continue
+        videos += (ArrayVideo(f"{name}[{n}]", None, file, n) for n in range(count))
+    return Layout(DataFormat.MOVING_MNIST, tuple(videos), rejects)
+
+
+def _read_jsonl(path: Path, data: DataConfig) -> Layout:
+    if not path.is_file():
+        raise UsageError(f"{path}: not a file; data.format jsonl takes the file, whose folder has the videos")
+    _need_everything(path, data.split)
+    videos: list[Video] = []
+    rejects: dict[str, str] = {}
+    for number, line in _lines(path):
+        where = f"line {number}"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            rejects[where] = "not JSON"
+            continue
+        name, text = (entry.get("path"), entry.get("text")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not (text is None or isinstance(text, str)):
+            rejects[where] = "needs an object with path, a string, and perhaps text, another"
+        elif not _is_safe(name):
+            rejects[where] = "path must be relative and stay in the list's folder"
+        elif os.path.isdir(file := path.parent / name):
+            images = [image for image in file.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES and image.is_file()]
+            if images:
+                names = tuple(sorted((image.name for image in images), key=_natural))
+                videos.append(ImageFolder(f"{where}: {name}", text, file, names))
+            else:
+                rejects[where] = f"{name} is a folder without images"
+        else:
+            videos.append(VideoFile(f"{where}: {name}", text, file))
+    return Layout(DataFormat.JSONL, tuple(videos), rejects)
+
+
+_READERS: dict[DataFormat, Callable[[Path, DataConfig], Layout]] = {
+    DataFormat.VIDEOS: _read_videos,
+    DataFormat.FRAMES: _read_frames,
+    DataFormat.UCF101: _read_ucf101,
+    DataFormat.BAIR: _read_bair,
+    DataFormat.MOVING_MNIST: _read_moving_mnist,
+    DataFormat.JSONL: _read_jsonl,
+}

@@ -1,0 +1,122 @@
+"""TFRecord files and the ``tf.Example`` messages in them, read without TensorFlow.
+
+A record is its length and that one's checksum, its bytes and theirs; a message is protocol buffers.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+RECORD_BYTES = 2**28
+"""No record of a TFRecord file is larger; one that claims to be is damaged."""
+
+
+def find_records(path: Path) -> tuple[list[tuple[int, int]], str]:
+    """Offset and length of every whole record of a TFRecord file, and why there are no more ("" at the file's end).
+
+    The checksums of lengths are checked, those of bytes are not. Raises OSError if the file cannot be read.
+    """
+    found: list[tuple[int, int]] = []
+    problem, place = "", 0
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        while place < size and not problem:
+            file.seek(place)
+            head = file.read(12)
+            if len(head) < 12:
+                problem = "it breaks off"
+                break
+            length, check = struct.unpack("<QI", head)
+            if _masked_crc(head[:8]) != check:
+                problem = "the checksum of a length is wrong"
+            elif length > min(RECORD_BYTES, size - place - 16):
+                problem = "it breaks off"
+            else:
+                found.append((place + 12, length))
+            place += 16 + length
+    return found, problem and f"{problem} after {len(found)} whole records"
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)  # Castagnoli's polynomial, bits reversed
+        table.append(value)
+    return table
+
+
+_CRC_TABLE = _crc_table()
+
+
+def _masked_crc(data: bytes) -> int:
+    """CRC-32C as TFRecord files store it: rotated, and a constant added."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _CRC_TABLE[(crc ^ byte) & 0xFF]
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def parse_example(record: bytes) -> dict[str, memoryview]:
+    """The byte features of a serialized ``tf.Example``; of one with several values the first. Other kinds are left out.
+
+    Raises:
+        ValueError: it is none.
+    """
+    features: dict[str, memoryview] = {}
+    for number, example in _fields(memoryview(record)):
+        if number != 1 or isinstance(example, int):
+            continue
+        for _, entry in _fields(example):
+            key, value = "", None
+            for field, content in _fields(_message(entry)):
+                if field == 1:
+                    key = str(_message(content), "utf-8")
+                elif field == 2:
+                    value = next((v for kind, v in _fields(_message(content)) if kind == 1), None)
+            if value is not None:
+                first = next((v for field, v in _fields(_message(value)) if field == 1), None)
+                if first is not None:
+                    features[key] = _message(first)
+    return features
+
+
+def _message(value: memoryview | int) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError("a number where a tf.Example has bytes")
+    return value
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """The fields of a protocol buffer message: number, and bytes or an integer (0 for fixed-size numbers)."""
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = 0
+        for shift in range(0, 70, 7):
+            if place >= len(data):
+                raise ValueError("a message breaks off")
+            byte = data[place]
+            place += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise ValueError("a number of more than ten bytes in a message")
+
+    while place < len(data):
+        tag = varint()
+        kind = tag & 7
+        if kind == 0:
+            yield tag >> 3, varint()
+            continue
+        length = {1: 8, 5: 4}.get(kind) if kind != 2 else varint()
+        if length is None:
+            raise ValueError(f"a field of the unknown kind {kind} in a message")
+        if length > len(data) - place:
+            raise ValueError("a message breaks off")
+        yield tag >> 3, data[place : place + length] if kind == 2 else 0
+        place += length
