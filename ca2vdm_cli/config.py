@@ -385,6 +385,8 @@ class SyntheticDataConfig:
     """Slowest speed in pixels per frame."""
     max_speed: Annotated[float, Field(gt=0)] = 4.0
     """Fastest speed in pixels per frame."""
+    directions: Annotated[int, Field(ge=0)] = 0
+    """How many directions digits move in, evenly spread, none of them along a border (4 are the diagonals); 0 for any."""
 
     @model_validator(mode="after")
     def _check(self) -> SyntheticDataConfig:

@@ -60,7 +60,7 @@ class MovingDigits:
         for _ in range(self.config.digits):
             corners = self._corners[draw.integers(len(self._corners))]
             speed = draw.uniform(self.config.min_speed, self.config.max_speed)
-            angle = draw.uniform(0, 2 * np.pi)
+            angle = self._angle(draw)
             path = draw.uniform(0, room) + np.arange(frames)[:, None] * speed * np.array([np.sin(angle), np.cos(angle)])
             path = room - np.abs(path % np.maximum(2 * room, 1e-9) - room)  # (T, 2), folded back at the borders
             corner = path.astype(int)
@@ -72,6 +72,12 @@ class MovingDigits:
                 np.maximum(place, tile, out=place)
         pixels = torch.from_numpy(canvas[:, None, :height, :width] * 2 - 1)
         return pixels.expand(-1, self.video.channels, -1, -1)
+
+    def _angle(self, draw: np.random.Generator) -> float:
+        """A direction of movement in radians."""
+        directions = self.config.directions
+        share = (draw.integers(directions) + 0.5) / directions if directions else draw.uniform(0, 1)
+        return float(2 * np.pi * share)
 
     def crop(self, index: int, side: int) -> Tensor:
         """Picture number ``index``: a random square of a frame, (C, side, side) float32 in [-1, 1]."""
