@@ -195,7 +195,7 @@ def train(
     preset: PresetOption = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A folder of videos, or one video. Default: the preset's synthetic data."),
+        typer.Option(metavar="PATH", help="A data set, or one video. Default: the preset's synthetic data."),
     ] = None,
     aspect: Annotated[
         AspectName | None,
@@ -204,6 +204,12 @@ def train(
     validation_data: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Held-out videos for validation. Default: synthetic, else the training data."),
+    ] = None,
+    check_data: Annotated[
+        bool, typer.Option("--check-data", help="Only read the data, and say what is there.")
+    ] = False,
+    cache_latents: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Encode the videos once, and keep their latents there.")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where weights and state go.")] = Path("runs/train"),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: the preset's.")] = None,
@@ -219,13 +225,20 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """Train a model on videos, or on synthetic data."""
+    fit = None if aspect is None else aspect.value
+    if check_data:
+        from .commands.check_data import run as check
+
+        check(preset, data, fit, set_ or [], as_json=json, quiet=quiet)
+        return
     from .commands.train import run
 
     run(
         preset,
         data,
-        None if aspect is None else aspect.value,
+        fit,
         validation_data,
+        cache_latents,
         out,
         steps,
         checkpoint,

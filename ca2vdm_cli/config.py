@@ -386,7 +386,7 @@ class SyntheticDataConfig:
     max_speed: Annotated[float, Field(gt=0)] = 4.0
     """Fastest speed in pixels per frame."""
     directions: Annotated[int, Field(ge=0)] = 0
-    """How many directions digits move in, evenly spread, none of them along a border (4 are the diagonals); 0 for any."""
+    """How many directions digits move in, evenly spread, none along a border (4 are the diagonals); 0 for any."""
 
     @model_validator(mode="after")
     def _check(self) -> SyntheticDataConfig:
@@ -505,6 +505,11 @@ class Preset:
     """The model's safetensors file, beside the preset's own."""
     autoencoder_weights: str | None = None
     """The conv autoencoder's safetensors file, beside the preset's own."""
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of the longest clip that training asks for."""
+        return self.training.clip_frames or self.model.window_frames
 
     @model_validator(mode="after")
     def _check(self) -> Preset:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def launched() -> tuple[int, int]:
-    """This process's number, and how many a launcher (``accelerate launch``, ``torchrun``) has started; alone (0, 1)."""
+    """This process's number, and how many ``accelerate launch`` or ``torchrun`` has started: (0, 1) when alone."""
     try:
         rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:

@@ -120,6 +120,10 @@ class ProgressBar:
     ) -> None:
         self._progress.stop()
 
+    def count(self, finished: int, total: int) -> None:
+        """Say how many of how many are finished, where that is not known before."""
+        self._progress.update(self._task, completed=finished, total=total, finished=finished, frames=total)
+
     def advance(self, *, finished: int | None = None, info: str | None = None, steps: int = 1) -> None:
         """Move on by some small steps, and perhaps say how many frames are finished."""
         fields: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from .attention import Backend
 from .autoencoder import Autoencoder
 from .checkpoint import load_weights
 from .config import Optimizer, Preset, Schedule, Trainable, TrainingConfig
-from .data import ClipSource, batch
+from .data import Batch, ClipLoader, ClipSource, LatentClips
 from .diffusion import NoiseProcess
 from .errors import UsageError, UserError
 from .interrupts import held_interrupts
@@ -75,7 +75,7 @@ class Trainer:
 
     Args:
         preset: what to train and how.
-        source: clips.
+        source: clips, or clips as latents already.
         autoencoder: between pixels and latents.
         backend: how to run the model.
         accelerator: devices and processes.
@@ -120,6 +120,7 @@ class Trainer:
         self._forward, *prepared = accelerator.prepare(self.objective, *optimizers.values())
         self.optimizers: dict[str, torch.optim.Optimizer] = dict(zip(optimizers, prepared, strict=True))
         self.average: dict[str, Tensor] = {}
+        self._loader: ClipLoader | None = None
         self._begin_average()
 
     @property
@@ -138,7 +139,7 @@ class Trainer:
         model, training = self.preset.model, self.preset.training
         if not training.parallel_chunks:
             return 1
-        return max(1, ((training.clip_frames or model.window_frames) - prefix) // model.chunk_frames)
+        return max(1, (self.preset.clip_frames - prefix) // model.chunk_frames)
 
     def start_from(self, weights: dict[str, Tensor], source: str) -> None:
         """Begin at given weights instead of random ones (fine-tuning)."""
@@ -149,7 +150,7 @@ class Trainer:
         """One optimizer step."""
         began = time.perf_counter()
         training, chunk = self.preset.training, self.preset.model.chunk_frames
-        prefix = self._draw_prefix()
+        prefix = self._draw_prefix(self.step)
         chunks = self.chunks(prefix)
         rate = self._learning_rate()
         for name, optimizer in self.optimizers.items():
@@ -161,11 +162,10 @@ class Trainer:
         parts: list[dict[str, Tensor]] = []
         for part in range(training.accumulation):
             indices = self._clips_of(part)
+            clips, waited = self._next_clips()
+            data_seconds += waited
             at = time.perf_counter()
-            pixels = batch(self.source, indices.start, len(indices), prefix + chunks * chunk).to(self.device)
-            data_seconds += time.perf_counter() - at
-            at = time.perf_counter()
-            latents = self._encode(pixels)
+            latents = self._encode(clips)
             encode_seconds += time.perf_counter() - at
             draws = [self.objective.draw(prefix, chunks, self._generator(CLIP, index)) for index in indices]
             last = part == training.accumulation - 1
@@ -204,10 +204,38 @@ class Trainer:
         state = np.random.SeedSequence([self.seed, purpose, index]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state) % 2**63)
 
-    def _draw_prefix(self) -> int:
+    def _draw_prefix(self, step: int) -> int:
         lengths = self.prefixes
         weights = torch.tensor(self.preset.training.prefix_weights or [1.0] * len(lengths), dtype=torch.float64)
-        return lengths[int(torch.multinomial(weights, 1, generator=self._generator(STEP, self.step)))]
+        return lengths[int(torch.multinomial(weights, 1, generator=self._generator(STEP, step)))]
+
+    def _next_clips(self) -> tuple[Batch, float]:
+        """The next part's clips, and for how long they were waited for; the first call starts the loader."""
+        accumulation = self.preset.training.accumulation
+
+        def frames(part: int) -> int:
+            prefix = self._draw_prefix(part // accumulation)
+            return prefix + self.chunks(prefix) * self.preset.model.chunk_frames
+
+        if self._loader is None:
+            self._loader = ClipLoader(
+                self.source,
+                frames,
+                self.share,
+                first=self.step * accumulation,
+                workers=self.preset.data.workers,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+            )
+        before = self._loader.wait_seconds
+        clips = next(self._loader)
+        return clips, self._loader.wait_seconds - before
+
+    def close(self) -> None:
+        """End the processes that make clips."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
 
     def _clips_of(self, part: int) -> range:
         """Numbers of the clips that this process takes in one part of this step."""
@@ -216,11 +244,13 @@ class Trainer:
         return range(place * self.share, (place + 1) * self.share)
 
     @torch.no_grad()
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """Clips (B, T, C, H, W) in [-1, 1] as latents (B, c, T, h, w)."""
-        with self.accelerator.autocast():
-            latents = self.autoencoder.encode(pixels.flatten(0, 1))
-        return latents.float().unflatten(0, pixels.shape[:2]).transpose(1, 2)
+    def _encode(self, clips: Batch) -> Tensor:
+        """Clips as latents (B, c, T, h, w)."""
+        frames = clips.clips.to(self.device, non_blocking=True)
+        if not isinstance(self.source, LatentClips):
+            with self.accelerator.autocast():
+                frames = self.autoencoder.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        return frames.float().transpose(1, 2)
 
     def _mean(self, values: Tensor) -> float:
         """Over all processes."""
@@ -353,7 +383,11 @@ def train(
     the last checkpoint is what to go on from.
     """
     training, main = trainer.preset.training, trainer.accelerator.is_main_process
-    with TrainingLog(folder, trainer.step, active=main) as log, held_interrupts() as interrupted:
+    with (
+        closing(trainer),
+        TrainingLog(folder, trainer.step, active=main) as log,
+        held_interrupts() as interrupted,
+    ):
         while trainer.step < trainer.steps and not interrupted():
             report = trainer.train_step()
             log.step(report)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ca2vdm_cli.config import SyntheticDataConfig, VideoConfig
-from ca2vdm_cli.data import TILE, MovingDigits, VideoFolder, batch, clips, digit_images
+from ca2vdm_cli.config import DataConfig, SyntheticDataConfig, VideoConfig
+from ca2vdm_cli.data import TILE, MovingDigits, VideoClips, batch, clips, digit_images, read_layout
 from ca2vdm_cli.errors import UsageError, UserError
 
 GRAY = VideoConfig(height=64, width=64, channels=1)
@@ -27,9 +27,29 @@ def write_video(path: Path, frames: int, height: int = 32, width: int = 48) -> N
         container.mux(stream.encode())
 
 
+def videos_of(path: Path, video: VideoConfig, seed: int, frames: int = 1) -> VideoClips:
+    """Clips of a path whose layout is guessed."""
+    layout = read_layout(path, DataConfig())
+    return VideoClips(str(path), layout.videos, layout.rejects, video, DataConfig(), seed, frames)
+
+
 def brightness(clip: torch.Tensor) -> list[int]:
     """What ``write_video`` put into each frame, divided by 4."""
     return [round(value) for value in ((clip.mean((1, 2, 3)) + 1) * 127.5 / 4).tolist()]
+
+
+def test_directions_may_be_few() -> None:
+    source = MovingDigits(SyntheticDataConfig(directions=4, min_speed=0.5, max_speed=0.5), GRAY, seed=0)
+    steps = []
+    for index in range(16):
+        clip = (source.clip(index, 2) + 1) / 2
+        places = torch.arange(64.0)
+        rows, columns = ((clip.sum((1, 3)) @ places), (clip.sum((1, 2)) @ places))
+        ink = clip.sum((1, 2, 3))
+        steps.append((float((rows / ink).diff()), float((columns / ink).diff())))
+    inside = [step for step in steps if min(map(abs, step)) > 0.3]  # not at a border
+    assert len(inside) > 8 and all(abs(abs(part) - 0.5 / 2**0.5) < 0.01 for step in inside for part in step)
+    assert len({(y > 0, x > 0) for y, x in inside}) == 4
 
 
 def test_twenty_images_of_each_class_ship_and_more_are_refused() -> None:
@@ -102,8 +122,8 @@ def test_clips_of_a_nested_folder_are_consecutive_frames_of_one_video(tmp_path: 
     write_video(tmp_path / "a.mkv", 12)
     write_video(tmp_path / "deep" / "er" / "b.MKV", 20)
     (tmp_path / "notes.txt").write_text("not a video")
-    source = VideoFolder(tmp_path, RGB, seed=1, frames=8)
-    assert [file.name for file in source.files] == ["a.mkv", "b.MKV"] and not source.skipped
+    source = videos_of(tmp_path, RGB, seed=1, frames=8)
+    assert [Path(video.name).name for video in source.videos] == ["a.mkv", "b.MKV"] and not source.skipped
     starts = set()
     for index in range(12):
         clip = source.clip(index, 8)
@@ -112,12 +132,12 @@ def test_clips_of_a_nested_folder_are_consecutive_frames_of_one_video(tmp_path: 
         assert rest == list(range(first + 1, first + 8))
         starts.add(first)
     assert len(starts) > 3
-    assert torch.equal(VideoFolder(tmp_path, RGB, seed=1, frames=8).clip(7, 8), source.clip(7, 8))
+    assert torch.equal(videos_of(tmp_path, RGB, seed=1, frames=8).clip(7, 8), source.clip(7, 8))
 
 
 def test_one_file_and_gray_crops(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mkv", 6)
-    source = VideoFolder(tmp_path / "a.mkv", VideoConfig(height=16, width=24, channels=1), seed=0)
+    source = videos_of(tmp_path / "a.mkv", VideoConfig(height=16, width=24, channels=1), seed=0)
     assert source.clip(0, 6).shape == (6, 1, 16, 24)
     assert source.crop(0, 8).shape == (1, 8, 8)
     assert source.crop(0, 20).shape == (1, 16, 20)
@@ -127,8 +147,8 @@ def test_unusable_videos_are_named_and_skipped(tmp_path: Path) -> None:
     write_video(tmp_path / "good.mkv", 12)
     write_video(tmp_path / "short.mkv", 3)
     (tmp_path / "broken.mp4").write_bytes(b"not a video at all")
-    source = VideoFolder(tmp_path, RGB, seed=0, frames=8)
-    alone = VideoFolder(tmp_path / "good.mkv", RGB, seed=0, frames=8)
+    source = videos_of(tmp_path, RGB, seed=0, frames=8)
+    alone = videos_of(tmp_path / "good.mkv", RGB, seed=0, frames=8)
     assert all(source.clip(i, 8).shape == (8, 3, 16, 24) for i in range(6))
     assert source.skipped.keys() == {"broken.mp4", "short.mkv"}
     assert source.skipped["short.mkv"] == "3 frames, a clip has 8"
@@ -137,22 +157,22 @@ def test_unusable_videos_are_named_and_skipped(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_usable_video_is_an_error_that_says_why(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file or folder"):
-        VideoFolder(tmp_path / "absent", RGB, seed=0)
+        videos_of(tmp_path / "absent", RGB, seed=0)
     with pytest.raises(UserError, match=r"no usable video \(no video files\)"):
-        VideoFolder(tmp_path, RGB, seed=0)
+        videos_of(tmp_path, RGB, seed=0)
     write_video(tmp_path / "short.mkv", 3)
     (tmp_path / "broken.mp4").write_bytes(b"not a video at all")
     with pytest.raises(UserError, match=r"broken\.mp4: .*short\.mkv: 3 frames, a clip has 8") as caught:
-        VideoFolder(tmp_path, RGB, seed=0, frames=8).clip(0, 8)
+        videos_of(tmp_path, RGB, seed=0, frames=8).clip(0, 8)
     assert "\n" not in str(caught.value)
 
 
 def test_memory_is_bounded_and_does_not_change_the_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abc":
         write_video(tmp_path / f"{name}.mkv", 10)
-    plenty = VideoFolder(tmp_path, RGB, seed=0, frames=4)
+    plenty = videos_of(tmp_path, RGB, seed=0, frames=4)
     expected = batch(plenty, 0, 8, 4)
     monkeypatch.setattr(clips, "MEMORY", 15 * 16 * 24 * 3)  # one video and a half
-    scarce = VideoFolder(tmp_path, RGB, seed=0, frames=4)
+    scarce = videos_of(tmp_path, RGB, seed=0, frames=4)
     assert torch.equal(batch(scarce, 0, 8, 4), expected)
     assert not scarce._decoded and plenty._decoded

@@ -49,8 +49,7 @@ def run(
         raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
     if data is None:
         raise UsageError("--check-data: the preset's synthetic data needs no check; name a data set with --data")
-    training = config.training
-    frames = (training.clip_frames if training.parallel_chunks else None) or config.model.window_frames
+    frames = config.clip_frames
     settings = config.data if aspect is None else replace(config.data, crop=Crop(aspect))
     span = (frames - 1) * settings.stride + 1
     layout = read_layout(data, settings)

@@ -12,8 +12,8 @@ import torch
 
 from ..autoencoder import Autoencoder, ConvAutoencoder, load_autoencoder, save_autoencoder, train_autoencoder
 from ..checkpoint import load_tensors
-from ..config import AutoencoderKind, Precision, Preset
-from ..data import ClipSource, MovingDigits, VideoFolder
+from ..config import AutoencoderKind, Crop, Precision, Preset
+from ..data import Clips, ClipSource, cache_latents, open_clips
 from ..errors import UsageError, UserError
 from ..pipeline import find_weights
 from ..plugins import choose_backend
@@ -23,7 +23,6 @@ from ..run_folder import AUTOENCODER_FILE, CHECKPOINTS, WEIGHTS_FILE, Checkpoint
 from ..terminal import ProgressBar, duration, note, print_json, size
 from ..trainer import StepReport, Trainer, train, write_preset
 from ..validation import Validator
-from ..video_io import Aspect
 
 SMOOTHED_STEPS = 50
 """Steps that a shown loss is averaged over."""
@@ -36,6 +35,7 @@ def run(
     data: Path | None,
     aspect: str | None,
     validation_data: Path | None,
+    latents: Path | None,
     out: Path,
     steps: int | None,
     checkpoint: Path | None,
@@ -74,12 +74,17 @@ def run(
         raise UsageError(f"--seed {seed}: the run in {out} has seed {stored['seed']}; leave out --seed")
     if data is None and stored.get("origin"):
         data = Path(stored["origin"])
-    fit = Aspect(aspect or stored.get("aspect") or Aspect.STRETCH)
-    source = _source(loaded, data, run_seed, fit)
+    if latents is None and stored.get("latents"):
+        latents = Path(stored["latents"])
+    fit = Crop(aspect or stored.get("aspect") or config.data.crop)
+    config = replace(config, data=replace(config.data, crop=fit))
+    source = open_clips(data, config, run_seed, config.clip_frames)
     with accelerator.main_process_first():  # which trains and writes the autoencoder; the others read it
         autoencoder = _autoencoder(loaded, config, source, out, where, run_seed, quiet)
+        clips = source if latents is None else _encoded(source, autoencoder, config, latents, where, quiet)
     origin = {} if data is None else {"origin": str(data.resolve()), "aspect": fit.value}
-    trainer = Trainer(config, source, autoencoder, chosen, accelerator, config.training.steps, run_seed, origin)
+    origin |= {} if latents is None else {"latents": str(latents.resolve())}
+    trainer = Trainer(config, clips, autoencoder, chosen, accelerator, config.training.steps, run_seed, origin)
     if last is not None:
         trainer.resume(last)
     elif checkpoint is not None and weights is not None:
@@ -89,7 +94,7 @@ def run(
     if config.training.validate_every and accelerator.is_main_process:
         held_out = source
         if validation_data is not None or data is None:
-            held_out = _source(loaded, validation_data, run_seed + HELD_OUT, fit)
+            held_out = open_clips(validation_data, config, run_seed + HELD_OUT, config.clip_frames)
         validator = Validator(config, held_out, autoencoder, chosen, where, trainer.prefixes, out / "validation")
     if accelerator.is_main_process:
         write_preset(config, out)
@@ -133,8 +138,8 @@ def run(
         note(f"trained to step {trainer.step} in {duration(seconds)}, loss {loss:.4f} → {out}", quiet=quiet)
         note(f"  {frames / seconds:.0f} frames/s, {waited / seconds:.0%} of the time waiting for data", quiet=quiet)
         note(f"  sample it with: ca2vdm sample --preset {out}", quiet=quiet)
-    if isinstance(source, VideoFolder) and source.skipped and not as_json:
-        note(f"  left out {len(source.skipped)} of {len(source.files)} videos: {source.reasons()}", quiet=quiet)
+    if isinstance(clips, Clips) and clips.skipped and not as_json:
+        note(f"  left out {len(clips.skipped)} of {clips.count} videos: {clips.reasons()}", quiet=quiet)
 
 
 def _smooth(losses: list[float]) -> float:
@@ -157,7 +162,7 @@ def _check_folder(out: Path, resume: bool, quiet: bool) -> Checkpoint | None:
             raise UserError(f"--out {out}: no whole checkpoint is left ({problems[0]})")
         if last is None:
             raise UsageError(f"--out {out}: no {CHECKPOINTS} there, so there is nothing to resume")
-        known = last.facts.get("aspect", Aspect.STRETCH) in list(Aspect)
+        known = last.facts.get("aspect", Crop.STRETCH) in list(Crop)
         if not known or not re.fullmatch(r"[0-9]{1,20}", last.facts.get("seed", "")):
             raise UserError(f"{last.folder}: it has no seed, or an unknown aspect; not a training run's checkpoint")
         for problem in problems:
@@ -173,15 +178,18 @@ def _check_folder(out: Path, resume: bool, quiet: bool) -> Checkpoint | None:
     return None
 
 
-def _source(loaded: LoadedPreset, data: Path | None, seed: int, aspect: Aspect) -> ClipSource:
-    config = loaded.config
-    assert config.video is not None
-    if data is not None:
-        frames = config.model.context_frames + config.model.chunk_frames
-        return VideoFolder(data, config.video, seed, frames, aspect)
-    if config.synthetic_data is None:
-        raise UsageError(f"preset {loaded.name}: it has no synthetic data; name a folder of videos with --data")
-    return MovingDigits(config.synthetic_data, config.video, seed)
+def _encoded(
+    source: ClipSource, autoencoder: Autoencoder, config: Preset, folder: Path, device: torch.device, quiet: bool
+) -> ClipSource:
+    """The clips as latents, of videos that are encoded once and kept in ``folder``."""
+    with ProgressBar("encoding", 1, 1, quiet=quiet, unit="videos") as bar:
+        clips, report = cache_latents(
+            source, autoencoder, config.autoencoder, folder, device, lambda done, total: bar.count(done, total)
+        )
+    for name, reason in report.stale.items():
+        note(f"{folder}: the entry of {name} was stale ({reason}) and is encoded anew", quiet=quiet)
+    note(f"{folder}: {report.encoded} videos encoded, {report.reused} found there", quiet=quiet)
+    return clips
 
 
 def _autoencoder(

@@ -5,11 +5,11 @@ kind (``videos``); ``MovingDigits`` (``digits``) makes clips on the fly; ``Laten
 cache of encoded videos; ``ClipLoader`` (``loader``) makes batches of any of them in worker processes.
 """
 
-from .clips import VideoClips
+from .clips import Clips, VideoClips
 from .digits import TILE, MovingDigits, digit_images
 from .latents import CacheReport, LatentClips, cache_latents
 from .loader import Batch, ClipLoader
-from .readers import Layout, VideoFolder, open_clips, read_layout
+from .readers import Layout, open_clips, read_layout
 from .source import ClipSource, batch
 from .videos import Look, Video
 
@@ -19,13 +19,13 @@ __all__ = [
     "CacheReport",
     "ClipLoader",
     "ClipSource",
+    "Clips",
     "LatentClips",
     "Layout",
     "Look",
     "MovingDigits",
     "Video",
     "VideoClips",
-    "VideoFolder",
     "batch",
     "cache_latents",
     "digit_images",

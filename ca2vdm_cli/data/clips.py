@@ -77,6 +77,11 @@ class Clips(ABC):
             self._draw(index, self.frames)
         return self._last[1]
 
+    @property
+    def count(self) -> int:
+        """Videos in all, the skipped ones included."""
+        return len({video.name for video in self.videos} | self.skipped.keys())
+
     def span(self, frames: int) -> int:
         """Frames of a video from a clip's first to its last."""
         return (frames - 1) * self.data.stride + 1

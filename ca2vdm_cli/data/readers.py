@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from ca2vdm_cli.config import Crop, DataConfig, DataFormat, Preset, Split, VideoConfig
+from ca2vdm_cli.config import Crop, DataConfig, DataFormat, Preset, Split
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.video_io import IMAGE_SUFFIXES, Aspect
 
@@ -79,22 +79,6 @@ def open_clips(
         data = replace(data, crop=Crop(aspect.value))
     layout = read_layout(path, data)
     return VideoClips(str(path), layout.videos, layout.rejects, config.video, data, seed, frames)
-
-
-class VideoFolder(VideoClips):
-    """``VideoClips`` of a path whose layout is guessed: any that ``read_layout`` knows."""
-
-    def __init__(
-        self, path: Path, video: VideoConfig, seed: int, frames: int = 1, aspect: Aspect = Aspect.STRETCH
-    ) -> None:
-        data = DataConfig(crop=Crop(aspect.value))
-        layout = read_layout(path, data)
-        super().__init__(str(path), layout.videos, layout.rejects, video, data, seed, frames)
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that have the videos."""
-        return [video.file for video in self.videos]
 
 
 def read_layout(path: Path, data: DataConfig) -> Layout:
