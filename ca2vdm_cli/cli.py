@@ -214,6 +214,9 @@ def train(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where weights and state go.")] = Path("runs/train"),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: the preset's.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to begin from (fine-tuning).")] = None,
+    distill: Annotated[
+        Path | None, typer.Option(metavar="WEIGHTS", help="A trained model, or its run, to make a few-step student of.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --out.")] = False,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of all randomness. Default: 0, or the resumed run's.")
@@ -242,6 +245,7 @@ def train(
         out,
         steps,
         checkpoint,
+        distill,
         resume,
         seed,
         backend,

@@ -364,7 +364,7 @@ class SamplingConfig:
     """How the weights are best sampled."""
 
     sampler: str = "ancestral"
-    """Name of the sampler: ancestral, ddim, dpm++, or a diffusers scheduler's class name."""
+    """Name of the sampler: ancestral, ddim, dpm++, trailing, or a diffusers scheduler's class name."""
     steps: Count = 100
     """Denoising steps N of a chunk."""
     frames: Count = 32
@@ -459,6 +459,13 @@ class TrainingConfig:
     clip_frames: Count | None = None
     """Frames of a clip with ``parallel_chunks``; by default a full window and a chunk. In a longer one clean frames
     leave the window as they do when a long video is generated (window eviction)."""
+    rollout_share: Share = 0.0
+    """Share of the steps whose clean frames are the model's own: the chunks before the last are noised and made again
+    through the cache, so that training meets the errors that sampling makes. Needs ``parallel_chunks``."""
+    rollout_steps: Count = 8
+    """Denoising steps of a whole chunk in such a rollout, with the preset's sampler."""
+    rollout_strength: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How far the true chunk is noised before it is made again, as a share of the noise range; 1 keeps none of it."""
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1, noisier timesteps are drawn more often (Esser et al. 2024); 1 draws all alike (published)."""
     variance_weight: Annotated[float, Field(ge=0)] = 1e-3
@@ -480,6 +487,22 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class DistillationConfig:
+    """Few-step distillation (``train --distill``): multistep consistency (Heek et al. 2024)."""
+
+    steps: Count = 4
+    """Denoising steps N of the student: the noise range is cut into N parts, and it learns to cross each in one."""
+    teacher_steps: Count = 32
+    """Steps that the teacher would take over the whole range; a multiple of ``steps``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillationConfig:
+        if self.teacher_steps % self.steps:
+            raise ValueError(f"teacher_steps: {self.teacher_steps} must be a multiple of steps {self.steps}")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Preset:
     """Everything that belongs to one set of weights: a model, its data, how it was trained and how to sample it."""
 
@@ -497,6 +520,8 @@ class Preset:
     """How to sample."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     """How to train."""
+    distillation: DistillationConfig = Field(default_factory=DistillationConfig)
+    """How to make a few-step student of a trained model."""
     synthetic_data: SyntheticDataConfig | None = None
     """Training data made on the fly; without it ``train`` needs ``--data``."""
     data: DataConfig = Field(default_factory=DataConfig)
@@ -545,6 +570,13 @@ class Preset:
                     f"training.prefix_lengths: {prefix} must be at most model.context_frames = "
                     f"{self.model.context_frames}"
                 )
+        if self.training.rollout_share and not self.training.parallel_chunks:
+            raise ValueError(f"training.rollout_share: {self.training.rollout_share} needs training.parallel_chunks")
+        if self.distillation.teacher_steps > self.diffusion.train_timesteps:
+            raise ValueError(
+                f"distillation.teacher_steps: {self.distillation.teacher_steps} must be at most "
+                f"diffusion.train_timesteps {self.diffusion.train_timesteps}"
+            )
         training, longest = self.training, max(prefixes, default=0) + self.model.chunk_frames
         if training.clip_frames is not None and not training.parallel_chunks:
             raise ValueError(f"training.clip_frames: {training.clip_frames} needs training.parallel_chunks")

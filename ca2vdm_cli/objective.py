@@ -5,7 +5,7 @@ Shape letters: B batch, C channels, T frames (P clean, then J chunks of l), h, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -43,6 +43,10 @@ class Draw:
         return cls(*(torch.cat([getattr(draw, field.name) for draw in draws]) for field in fields(cls)))
 
 
+Ask = Callable[[CausalVideoTransformer, Tensor, Tensor], Tensor]
+"""A network's output at noisy chunks (B*J, C, l, h, w) with timesteps (B*J,), in the context of this batch."""
+
+
 class Objective(nn.Module):
     """What training minimises, as one module: the network and the loss on top of it. Wrap it whole (DDP, FSDP).
 
@@ -72,8 +76,17 @@ class Objective(nn.Module):
         offset = torch.rand(1, generator=generator)
         return Draw(timestep[None], noise[None], level[None], prefix_noise[None], offset[None])
 
+    def target(self, latents: Tensor, noise: Tensor, x: Tensor, timestep: Tensor, ask: Ask) -> Tensor:
+        """What the network should predict at x, all (B*J, C, l, h, w) with timesteps (B*J,)."""
+        return self.process.target(latents, noise, timestep)
+
     def forward(
-        self, clip: Tensor, prefix: int, draw: Draw, text: tuple[Tensor, Tensor] | None = None
+        self,
+        clip: Tensor,
+        prefix: int,
+        draw: Draw,
+        text: tuple[Tensor, Tensor] | None = None,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss on a batch.
 
@@ -83,6 +96,7 @@ class Objective(nn.Module):
             draw: its timesteps say how many chunks are trained, J. Each is conditioned on the clean frames before it
                 and noised to a timestep of its own, and all share one pass over the clean frames.
             text: embedding (B, M, text_channels) and mask (B, M) for models with text.
+            context: what is fed as clean frames (B, C, P + (J-1)·l, h, w) instead of the clip's own.
 
         Returns:
             The loss, mean over the chunks, and its terms by name, (B, J) each and detached.
@@ -93,8 +107,7 @@ class Objective(nn.Module):
         latents = _by_chunk(clip[:, :, prefix:frames], chunks)  # (B*J, C, l, h, w)
         noise, timestep = _by_chunk(draw.noise, chunks), draw.timestep.flatten()
         x = process.add_noise(latents, noise, timestep)
-        noisy = x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)  # (B, C, J*l, h, w)
-        context = clip[:, :, :clean]
+        context = clip[:, :, :clean] if context is None else context
         if draw.prefix_level.shape[1]:
             context = process.add_noise(context, draw.prefix_noise, draw.prefix_level)
 
@@ -111,11 +124,14 @@ class Objective(nn.Module):
             plan = replace(plan, positions=(plan.positions + offset) % clock.table)
         keys_values = self.model.text_keys_values(*text) if text is not None else []
 
-        steps = draw.timestep.to(clip.device)
-        out = self.model(torch.cat([context, noisy], dim=2), steps, plan, text=keys_values).float()
-        out = _by_chunk(out, chunks)
+        def ask(model: CausalVideoTransformer, x: Tensor, timestep: Tensor) -> Tensor:
+            noisy = x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)  # (B, C, J*l, h, w)
+            steps = timestep.view(batch, chunks).to(clip.device)
+            return _by_chunk(model(torch.cat([context, noisy], dim=2), steps, plan, text=keys_values).float(), chunks)
+
+        out = ask(self.model, x, timestep)
         prediction, variance = out[:, : config.in_channels], out[:, config.in_channels :]
-        target = process.target(latents, noise, timestep)
+        target = self.target(latents, noise, x, timestep, ask)
         mse = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)  # (B*J,)
         terms, loss = {"mse": mse}, mse.mean()
         if config.learn_variance:

@@ -112,6 +112,22 @@ class DdimSampler(Sampler):
         return alpha * latents + sigma * predicted_noise
 
 
+def trailing(train_timesteps: int, steps: int) -> list[int]:
+    """N timesteps that cut the noise range into N equal parts, the noisy end of each, noisiest first.
+
+    The last step goes all the way to clean, where evenly respaced ones waste it at timestep 0 (Lin et al. 2024).
+    """
+    return [round(train_timesteps * (steps - k) / steps) - 1 for k in range(steps)]
+
+
+class TrailingSampler(DdimSampler):
+    """DDIM on trailing timesteps: what distilled models are sampled with, at 1 to 4 steps."""
+
+    def __init__(self, process: NoiseProcess, steps: int) -> None:
+        super().__init__(process, steps)
+        self.timesteps = trailing(process.config.train_timesteps, steps)
+
+
 def evenly_in_log_snr(process: NoiseProcess, steps: int) -> list[int]:
     """N timesteps spread evenly in half log SNR, noisiest first.
 
@@ -228,6 +244,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "ancestral": AncestralSampler,
     "ddim": DdimSampler,
     "dpm++": DpmSolverSampler,
+    "trailing": TrailingSampler,
 }
 """Built-in samplers by name."""
 

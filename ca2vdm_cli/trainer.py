@@ -23,22 +23,25 @@ from .checkpoint import load_weights
 from .config import Optimizer, Preset, Schedule, Trainable, TrainingConfig
 from .data import Batch, ClipLoader, ClipSource, LatentClips
 from .diffusion import NoiseProcess
+from .distillation import Distillation
 from .errors import UsageError, UserError
 from .interrupts import held_interrupts
 from .model import CausalVideoTransformer
 from .objective import Draw, Objective
 from .presets import PRESET_FILE, dump_preset
 from .processes import like, whole
+from .rollout import own_context
 from .run_folder import STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
 from .runtime import peak_memory
+from .sampler import make_sampler
 from .training_log import TrainingLog
 from .validation import Validator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CLIP, STEP = 1, 2
-"""What random numbers are for: a clip's noise, or a step's prefix length."""
+CLIP, STEP, ROLLOUT = 1, 2, 3
+"""What random numbers are for: a clip's noise, a step's prefix length, or a clip's rollout."""
 TEMPORAL_LAYERS = ("attn_temp", "attn_temp_pre_merge", "attn_cf")
 """Layers of a block that video adds to an image model."""
 
@@ -82,6 +85,7 @@ class Trainer:
         steps: the last step, for the learning-rate schedule.
         seed: of everything.
         origin: where the clips come from and how they are fitted, remembered for ``--resume``.
+        teacher: a trained model to make a few-step student of, see ``distillation``.
 
     Raises:
         UsageError: a batch size that the processes don't divide, or an optimizer that can't be shared among them.
@@ -97,6 +101,7 @@ class Trainer:
         steps: int,
         seed: int = 0,
         origin: dict[str, str] | None = None,
+        teacher: CausalVideoTransformer | None = None,
     ) -> None:
         self.preset, self.source, self.autoencoder, self.accelerator = preset, source, autoencoder, accelerator
         self.device, self.steps, self.seed, self.origin = accelerator.device, steps, seed, origin or {}
@@ -114,7 +119,10 @@ class Trainer:
         self.model = CausalVideoTransformer(preset.model, backend).to(self.device).train()
         self.model.gradient_checkpointing = training.gradient_checkpointing
         choose_trainable(self.model, training.trainable)
-        self.objective = Objective(self.model, NoiseProcess(preset.diffusion), training)
+        process = NoiseProcess(preset.diffusion)
+        self.objective = Objective(self.model, process, training)
+        if teacher is not None:
+            self.objective = Distillation(self.model, process, training, teacher, preset.distillation)
         optimizers = make_optimizers(self.model, training)
         self._peaks = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
         self._forward, *prepared = accelerator.prepare(self.objective, *optimizers.values())
@@ -171,7 +179,8 @@ class Trainer:
             last = part == training.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self._forward):
                 text = self.model.unconditional_caption(self.share)
-                loss, terms = self._forward(latents, prefix, Draw.stack(draws).to(self.device), text)
+                context = self._roll_out(latents, prefix, chunks, indices, text)
+                loss, terms = self._forward(latents, prefix, Draw.stack(draws).to(self.device), text, context)
                 self.accelerator.backward(loss / training.accumulation)
             losses.append(loss.detach())
             parts.append(terms)
@@ -251,6 +260,20 @@ class Trainer:
             with self.accelerator.autocast():
                 frames = self.autoencoder.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         return frames.float().transpose(1, 2)
+
+    def _roll_out(
+        self, latents: Tensor, prefix: int, chunks: int, indices: range, text: tuple[Tensor, Tensor] | None
+    ) -> Tensor | None:
+        """The clips' clean frames as the model makes them, in the share of steps that trains on these."""
+        training, sampling = self.preset.training, self.preset.sampling
+        drawn = float(torch.rand((), generator=self._generator(ROLLOUT, self.step)))
+        if chunks == 1 or drawn >= training.rollout_share:
+            return None
+        sampler = make_sampler(sampling.sampler, self.objective.process, training.rollout_steps)
+        generators = [self._generator(ROLLOUT, 2**32 + index) for index in indices]
+        with self.accelerator.autocast():
+            strength = training.rollout_strength
+            return own_context(self.model, sampler, latents, prefix, chunks, strength, generators, text)
 
     def _mean(self, values: Tensor) -> float:
         """Over all processes."""

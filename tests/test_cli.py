@@ -30,6 +30,7 @@ from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.frame_plan import FramePlan
 from ca2vdm_cli.kv_cache import KVCache
 from ca2vdm_cli.plugins import backends
+from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
 from ca2vdm_cli.trainer import Trainer
 from ca2vdm_cli.video_io import Aspect, Frame, Geometry, VideoWriter, open_reader, open_writer, to_channels, write_image
@@ -1027,3 +1028,14 @@ def test_program(program: list[str]) -> None:
         program = [script]
     run = subprocess.run([*program, "--version"], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, f"ca2vdm {__version__}\n", "")
+
+
+def test_distilling_a_run_gives_a_preset_of_few_steps(weights: Path, refused: Callable[..., str]) -> None:
+    settings = ["--set", "distillation.steps=2", "--set", "distillation.teacher_steps=4"]
+    assert ca2vdm("train", *RUN, "--distill", weights, "--steps", 2, "--out", "student", "-q", *settings) == 0
+    assert ca2vdm("train", *RUN, "--resume", "--steps", 3, "--out", "student", "-q") == 0
+    preset = load_preset("student").config
+    assert (preset.sampling.sampler, preset.sampling.steps) == ("trailing", 2)
+    assert RunFolder(Path("student")).newest()[0].facts["teacher"] == str(weights.resolve())  # type: ignore[union-attr]
+    assert ca2vdm("sample", "--preset", "student", *RUN, "--frames", 3, "-q", "-o", "out.npz") == 0
+    assert "no such file" in refused(2, "train", *RUN, "--distill", "absent.safetensors", "--out", "other")

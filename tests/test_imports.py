@@ -20,6 +20,7 @@ METHOD = CONFIG | {"attention", "frame_plan", "kv_cache", "layers", "model", "di
 VIDEO = CONFIG | {"video_io", "data"}
 WEIGHTS = PRESETS | METHOD | {"runtime", "plugins", "autoencoder", "checkpoint"}
 PIPELINE = WEIGHTS | VIDEO | {"pipeline"}
+TRAINING = {"distillation", "objective", "processes", "rollout", "run_folder", "training_log", "validation"}
 COMMANDS = PIPELINE | {
     "__init__",
     "interrupts",
@@ -51,6 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     "diffusion": CONFIG,
     "objective": CONFIG | {"frame_plan", "model", "diffusion"},
     "sampler": CONFIG | {"diffusion"},
+    "distillation": CONFIG | {"diffusion", "model", "objective", "sampler"},
+    "rollout": CONFIG | {"generation", "kv_cache", "model", "sampler"},
     "generation": METHOD - {"generation"} | {"runtime"},
     "video_io": CONFIG,
     "data": VIDEO - {"data"},
@@ -62,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "run_folder": CONFIG | {"checkpoint"},
     "validation": PIPELINE | {"objective"},
     "training_log": CONFIG | {"run_folder"},
-    "trainer": PIPELINE | {"interrupts", "objective", "processes", "run_folder", "training_log", "validation"},
+    "trainer": PIPELINE | TRAINING | {"interrupts"},
     "compare": PIPELINE,
     "verify": PIPELINE | {"compare"},
     "bench": PIPELINE | {"__init__", "compare", "verify"},

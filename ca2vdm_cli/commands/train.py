@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from ..attention import Backend
 from ..autoencoder import Autoencoder, ConvAutoencoder, load_autoencoder, save_autoencoder, train_autoencoder
-from ..checkpoint import load_tensors
+from ..checkpoint import load_tensors, load_weights
 from ..config import AutoencoderKind, Crop, Precision, Preset
 from ..data import Clips, ClipSource, cache_latents, open_clips
 from ..errors import UsageError, UserError
+from ..model import CausalVideoTransformer
 from ..pipeline import find_weights
 from ..plugins import choose_backend
 from ..presets import LoadedPreset
@@ -39,6 +41,7 @@ def run(
     out: Path,
     steps: int | None,
     checkpoint: Path | None,
+    distill: Path | None,
     resume: bool,
     seed: int | None,
     backend: str,
@@ -53,6 +56,11 @@ def run(
     stored = last.facts if last is not None else {}
     if resume and preset is None and checkpoint is None:
         preset = str(out)
+    if distill is None and stored.get("teacher"):
+        distill = Path(stored["teacher"])
+    if distill is not None and checkpoint is None and not resume:
+        checkpoint = distill  # where the student begins
+        preset = None if distill.is_dir() else preset
     loaded, weights = find_weights(preset, checkpoint, overrides)
     config = loaded.config
     if config.video is None:
@@ -82,9 +90,14 @@ def run(
     with accelerator.main_process_first():  # which trains and writes the autoencoder; the others read it
         autoencoder = _autoencoder(loaded, config, source, out, where, run_seed, quiet)
         clips = source if latents is None else _encoded(source, autoencoder, config, latents, where, quiet)
+    teacher = None if distill is None else _teacher(distill, config, chosen, where)
+    if teacher is not None:
+        sampling = replace(config.sampling, sampler="trailing", steps=config.distillation.steps)
+        config = replace(config, sampling=sampling)
     origin = {} if data is None else {"origin": str(data.resolve()), "aspect": fit.value}
     origin |= {} if latents is None else {"latents": str(latents.resolve())}
-    trainer = Trainer(config, clips, autoencoder, chosen, accelerator, config.training.steps, run_seed, origin)
+    origin |= {} if distill is None else {"teacher": str(distill.resolve())}
+    trainer = Trainer(config, clips, autoencoder, chosen, accelerator, config.training.steps, run_seed, origin, teacher)
     if last is not None:
         trainer.resume(last)
     elif checkpoint is not None and weights is not None:
@@ -176,6 +189,16 @@ def _check_folder(out: Path, resume: bool, quiet: bool) -> Checkpoint | None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UsageError(f"--out {out}: {nearest} is not a folder that you can write to; choose another")
     return None
+
+
+def _teacher(weights: Path, config: Preset, backend: Backend, device: torch.device) -> CausalVideoTransformer:
+    """The model to distill, frozen: the student's preset with the teacher's weights."""
+    path = find_weights(None, weights)[1]
+    if path is None:
+        raise UsageError(f"--distill {weights}: no weights there")
+    teacher = CausalVideoTransformer(config.model, backend).to(device).eval().requires_grad_(False)
+    load_weights(teacher, load_tensors(path)[0], str(path))
+    return teacher
 
 
 def _encoded(

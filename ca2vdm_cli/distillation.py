@@ -1,0 +1,88 @@
+"""Few-step distillation: a student that crosses the noise range in N steps, from a teacher that needs many.
+
+Multistep consistency (Heek et al. 2024, after Song et al. 2023): the range is cut into N parts, and wherever in a part
+the student is asked, it should jump to the same point at the part's end. Its target is one step of the teacher along
+the part, then its own jump from there, without a gradient. With N parts the student need not map all noise to latents
+at once, as with one part, and its samples stay those of the teacher for the same noise, so that the two can be compared
+frame by frame; no second network has to be trained beside it, as distribution matching needs.
+
+Shapes: noisy chunks (N, C, l, h, w) with timesteps (N,), N = B·J.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .config import DistillationConfig, TrainingConfig
+from .diffusion import NoiseProcess
+from .model import CausalVideoTransformer
+from .objective import Ask, Draw, Objective
+from .sampler import trailing
+
+
+class Distillation(Objective):
+    """The objective with a teacher's targets; everything about clips, prefixes and chunks stays as it is.
+
+    Args:
+        model: the student.
+        process: the noise process of both.
+        training: as for ``Objective``; timesteps are drawn from the teacher's, all alike.
+        teacher: frozen.
+        distillation: steps of both.
+    """
+
+    def __init__(
+        self,
+        model: CausalVideoTransformer,
+        process: NoiseProcess,
+        training: TrainingConfig,
+        teacher: CausalVideoTransformer,
+        distillation: DistillationConfig,
+    ) -> None:
+        super().__init__(model, process, training)
+        self._teacher = (teacher,)  # in a tuple, so that it is no part of what is trained, averaged and saved
+        timesteps = process.config.train_timesteps
+        clean = torch.tensor([-1])  # the last entry of the tables below
+        grid = torch.tensor(trailing(timesteps, distillation.teacher_steps))
+        self._grid = grid
+        self._next = torch.cat([grid[1:], clean])
+        """The teacher's next timestep, for each of its own."""
+        ends = torch.cat([torch.tensor(trailing(timesteps, distillation.steps))[1:], clean])
+        self._end = ends.repeat_interleave(distillation.teacher_steps // distillation.steps)
+        """Where the student's jump ends, for each of the teacher's timesteps."""
+        self._alpha = torch.cat([process.alpha, torch.ones(1, dtype=torch.float64)])
+        self._sigma = torch.cat([process.sigma, torch.zeros(1, dtype=torch.float64)])
+
+    def draw(self, prefix: int, chunks: int, generator: torch.Generator | None = None) -> Draw:
+        """One clip's random numbers, with timesteps of the teacher's."""
+        draw = super().draw(prefix, chunks, generator)
+        index = torch.randint(len(self._grid), (1, chunks), generator=generator)
+        return replace(draw, timestep=self._grid[index])
+
+    @torch.no_grad()
+    def target(self, latents: Tensor, noise: Tensor, x: Tensor, timestep: Tensor, ask: Ask) -> Tensor:
+        """The prediction whose jump ends where a teacher's step and the student's jump from there do."""
+        place = torch.searchsorted(-self._grid, -timestep)
+        after, end = self._next[place], self._end[place]
+        closer = self._jump(ask(self._teacher[0], x, timestep), x, timestep, after)
+        arrived = (after == end).view(-1, 1, 1, 1, 1).to(x.device)
+        before = after.clamp(min=0)
+        goal = torch.where(arrived, closer, self._jump(ask(self.model, closer, before), closer, before, end))
+        (alpha, sigma), (alpha_end, sigma_end) = self._tables(timestep, x), self._tables(end, x)
+        ratio = sigma_end / sigma
+        found = (goal - ratio * x) / (alpha_end - ratio * alpha)
+        return self.process.target(found, (x - alpha * found) / sigma, timestep)
+
+    def _jump(self, output: Tensor, x: Tensor, timestep: Tensor, to: Tensor) -> Tensor:
+        """DDIM's step from x at a timestep to a later one."""
+        latents, noise = self.process.split(output[:, : x.shape[1]], x, timestep)
+        alpha, sigma = self._tables(to, x)
+        return alpha * latents + sigma * noise
+
+    def _tables(self, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma (N, 1, 1, 1, 1); 1 and 0 at timestep -1."""
+        alpha, sigma = (table[timestep].view(-1, 1, 1, 1, 1).to(like) for table in (self._alpha, self._sigma))
+        return alpha, sigma

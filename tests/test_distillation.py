@@ -1,0 +1,102 @@
+"""Distillation: targets that a consistent model meets exactly, and a student that learns to jump.
+
+Chunks of 2, window of 6 (see conftest.py). Shapes: latents (B, C, T, h, w), noisy chunks (N, C, l, h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ca2vdm_cli.config import BetaSchedule, DiffusionConfig, DistillationConfig, Prediction, TrainingConfig
+from ca2vdm_cli.diffusion import NoiseProcess
+from ca2vdm_cli.distillation import Distillation
+from ca2vdm_cli.generation import SeededNoise, Strategy, generate, make_context
+from ca2vdm_cli.model import CausalVideoTransformer
+from ca2vdm_cli.objective import Draw
+from ca2vdm_cli.sampler import make_sampler
+
+MakeModel = Callable[..., CausalVideoTransformer]
+V = DiffusionConfig(beta_schedule=BetaSchedule.COSINE, prediction=Prediction.V)
+FLOW = DiffusionConfig(beta_schedule=BetaSchedule.FLOW, prediction=Prediction.FLOW)
+VIDEOS = 3
+
+
+def clip(frames: int = 9, seed: int = 0) -> Tensor:
+    return torch.randn(VIDEOS, 4, frames, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(objective: Distillation, chunks: int = 1, seed: int = 0) -> Draw:
+    generators = [torch.Generator().manual_seed(100 * seed + video) for video in range(VIDEOS)]
+    return Draw.stack([objective.draw(1, chunks, generator) for generator in generators])
+
+
+@pytest.mark.parametrize("config", [V, FLOW])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_with_as_many_steps_as_the_teacher_its_own_weights_are_the_answer(
+    chunks: int, config: DiffusionConfig, make_model: MakeModel
+) -> None:
+    teacher, process = make_model(learn_variance=False), NoiseProcess(config)
+    other = make_model(learn_variance=False)
+    with torch.no_grad():
+        other.final_layer.linear.bias.add_(0.5)
+    losses = []
+    for student in (teacher, other):
+        objective = Distillation(student, process, TrainingConfig(), teacher, DistillationConfig(8, 8))
+        losses.append(float(objective(clip(), 1, draw(objective, chunks))[0]))
+    assert losses[0] < 1e-6 * losses[1]
+
+
+def test_a_model_that_always_sees_the_same_latents_is_consistent(make_model: MakeModel) -> None:
+    """From wherever it jumps, it lands on the line from there to these latents, where the next jump begins."""
+    process, latents = NoiseProcess(V), clip(2)
+    model = make_model(learn_variance=False)
+    objective = Distillation(model, process, TrainingConfig(), model, DistillationConfig(4, 32))
+
+    def ask(model: CausalVideoTransformer, x: Tensor, timestep: Tensor) -> Tensor:
+        alpha, sigma = process.alpha_sigma(timestep)
+        return process.target(latents, (x - alpha * latents) / sigma, timestep)
+
+    for seed in range(12):
+        numbers = draw(objective, seed=seed)
+        timestep = numbers.timestep.flatten()
+        x = process.add_noise(latents, numbers.noise, timestep)
+        target = objective.target(latents, numbers.noise, x, timestep, ask)
+        assert torch.allclose(target, ask(model, x, timestep), atol=1e-4)
+
+
+def test_timesteps_are_the_teachers_and_the_samplers_are_where_the_parts_begin(make_model: MakeModel) -> None:
+    process = NoiseProcess(V)
+    objective = Distillation(make_model(), process, TrainingConfig(), make_model(), DistillationConfig(4, 20))
+    drawn = {int(t) for seed in range(100) for t in draw(objective, 3, seed).timestep.flatten()}
+    assert drawn == set(range(49, 1000, 50))
+    assert make_sampler("trailing", process, 4).timesteps == [999, 749, 499, 249]
+    assert make_sampler("trailing", process, 1).timesteps == [999]
+
+
+def test_a_student_comes_nearer_to_its_teachers_samples(make_model: MakeModel) -> None:
+    """Two steps of the student against 16 of the teacher, from the same noise, before and after."""
+    teacher, student = make_model(learn_variance=False), make_model(learn_variance=False).requires_grad_(True)
+    process = NoiseProcess(V)
+    objective = Distillation(student, process, TrainingConfig(), teacher, DistillationConfig(2, 16))
+    true = clip()
+
+    def sample(model: CausalVideoTransformer, steps: int) -> Tensor:
+        noise = SeededNoise(0, list(range(VIDEOS)), (4, 2, 4, 4), torch.device("cpu"))
+        context = make_context(model, Strategy.CACHED, VIDEOS)
+        (chunk,) = generate(context, process, make_sampler("trailing", process, steps), noise, 1, given=true[:, :, :3])
+        return chunk.latents
+
+    goal = sample(teacher, 16)
+    before = float((sample(student, 2) - goal).square().mean())
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
+    for step in range(150):
+        loss, _ = objective(true, 3, draw(objective, 3, step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float((sample(student, 2) - goal).square().mean()) < 0.5 * before
+    assert all(parameter.grad is None for parameter in teacher.parameters())
