@@ -448,11 +448,11 @@ class TrainingConfig:
     ema_decay: Share = 0.9999
     """Decay of the exponential moving average of the weights."""
     prefix_lengths: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Prefix lengths that each step draws one from; by default 1, 1+l, 1+2l, … (published), and 0, the empty context,
-    with ``diffusion.unconditional_start``."""
+    """Prefix lengths that each step draws one from; by default 1, 1+l, 1+2l, … (published), and with
+    ``diffusion.unconditional_start`` 0, l, 2l, … and the full window too."""
     prefix_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     """How often each of the prefix lengths is drawn, relative to the others; by default all alike. The share of the
-    empty prefix is the image dropout that guidance by the context needs."""
+    empty prefix is what others call image dropout."""
     parallel_chunks: bool = False
     """Train every chunk of a clip in one forward that shares the clean frames; ``prefix_lengths`` then says where the
     first chunk begins, by default 1, or 0 with ``diffusion.unconditional_start``."""

@@ -116,7 +116,8 @@ class Objective(nn.Module):
             plan = self.model.context_plan(config.chunk_frames, prefix, clock)
         else:
             plan = self.model.parallel_plan(prefix, chunks, clock)
-        if frames >= clock.slots and config.temporal_positions is not TemporalPositions.ROPE:
+        rotary = config.temporal_positions is TemporalPositions.ROPE
+        if frames >= clock.slots and not rotary and not clock.sink_frames:  # sinks keep their entries
             # full clips start anywhere: in a table that wraps at every entry, in one that does not where they still fit
             cyclic = config.temporal_positions is TemporalPositions.CYCLIC
             starts = clock.table if cyclic else clock.table - frames + 1

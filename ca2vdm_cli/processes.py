@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .config import Precision
@@ -34,12 +35,13 @@ def share_of(count: int) -> range:
     return range(count * rank // processes, count * (rank + 1) // processes)
 
 
-def make_accelerator(device: str, precision: Precision) -> Accelerator:
+def make_accelerator(device: str, precision: Precision, *, unused_parameters: bool = False) -> Accelerator:
     """accelerate's view of this run.
 
     Args:
         device: ``auto`` or a name; a launcher gives every process its own GPU.
         precision: what to compute in.
+        unused_parameters: whether some steps leave parameters out, which several processes have to look for then.
 
     Raises:
         UserError: accelerate is not installed.
@@ -57,7 +59,7 @@ def make_accelerator(device: str, precision: Precision) -> Accelerator:
     return Accelerator(
         cpu=where.type == "cpu",
         mixed_precision="bf16" if precision is Precision.BFLOAT16 else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # an empty prefix leaves some out
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)],
     )
 
 
@@ -77,3 +79,11 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
     assert isinstance(other, DTensor)
     return distribute_tensor(tensor, other.device_mesh, other.placements)
+
+
+def any_process(accelerator: Accelerator, here: bool) -> bool:
+    """Whether something is so in any process; all of them must ask together."""
+    if accelerator.num_processes == 1:
+        return here
+    count: Tensor = accelerator.reduce(torch.tensor([float(here)], device=accelerator.device), reduction="sum")
+    return bool(count.item() > 0)

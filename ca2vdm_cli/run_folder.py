@@ -100,7 +100,9 @@ class RunFolder:
             partial.rename(final)
             _to_disk(final.parent)
             self._publish(final / WEIGHTS_FILE)
-            for leftover in (*final.parent.glob(".step-*"), *self._numbered()[self.keep :]):
+            later = [folder for folder in self._numbered() if _number(folder) > step]  # damaged, or of a run given up
+            before = [folder for folder in self._numbered() if _number(folder) <= step]
+            for leftover in (*final.parent.glob(".step-*"), *later, *before[self.keep :]):
                 shutil.rmtree(leftover)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:

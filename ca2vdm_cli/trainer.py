@@ -29,7 +29,7 @@ from .interrupts import held_interrupts
 from .model import CausalVideoTransformer
 from .objective import Draw, Objective
 from .presets import PRESET_FILE, dump_preset
-from .processes import like, whole
+from .processes import any_process, like, whole
 from .rollout import own_context
 from .run_folder import STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
 from .runtime import peak_memory
@@ -137,10 +137,19 @@ class Trainer:
         model, training = self.preset.model, self.preset.training
         if training.prefix_lengths:
             return training.prefix_lengths
-        empty = [0] if self.preset.diffusion.unconditional_start else []
+        start = self.preset.diffusion.unconditional_start
         if training.parallel_chunks:
-            return tuple(empty or [1])
-        return (*empty, *range(1, model.context_frames + 1, model.chunk_frames))
+            return (0,) if start else (1,)
+        window, chunk = model.context_frames, model.chunk_frames
+        published = set(range(1, window + 1, chunk))
+        return tuple(sorted(published | {*range(0, window + 1, chunk), window} if start else published))
+
+    @property
+    def trained_prefixes(self) -> tuple[int, ...]:
+        """Prefix lengths that some chunk is trained after, with those of later chunks of a clip."""
+        window, chunk = self.preset.model.context_frames, self.preset.model.chunk_frames
+        every = {min(window, p + j * chunk) for p in self.prefixes for j in range(self.chunks(p))}
+        return tuple(sorted(every))
 
     def chunks(self, prefix: int) -> int:
         """Chunks that are trained in one forward after so many clean frames."""
@@ -411,7 +420,7 @@ def train(
         TrainingLog(folder, trainer.step, active=main) as log,
         held_interrupts() as interrupted,
     ):
-        while trainer.step < trainer.steps and not interrupted():
+        while trainer.step < trainer.steps and not any_process(trainer.accelerator, interrupted()):
             report = trainer.train_step()
             log.step(report)
             on_step(report)

@@ -44,8 +44,6 @@ pathlib.Path.rename = fatal(pathlib.Path.rename)
 pathlib.Path.replace = fatal(pathlib.Path.replace)
 sys.exit(main())
 """
-LAUNCH = ["--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-LAUNCH += ["--main_process_port", "0", "--num_processes"]
 TRAIN = ["train", "--preset", "tiny", "--backend", "eager", "--device", "cpu", "--quiet"]
 SETTINGS = ["--set", "training.batch_size=4", "--set", "training.checkpoint_every=1"]
 
@@ -59,14 +57,19 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run(*arguments: str, kill: int = 0, processes: int = 1) -> int:
-    """The command in a process of its own, or several, on one thread each."""
+    """The command's exit code, in a process of its own, or several, on one thread each."""
+    return launch(*arguments, kill=kill, processes=processes).returncode
+
+
+def launch(*arguments: str, kill: int = 0, processes: int = 1) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-c", DRIVER, str(kill)]
     if processes > 1:
-        command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, str(processes), "-m", "ca2vdm_cli"]
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, "-m", *torchrun, "-m", "ca2vdm_cli"]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode in (0, KILLED), done.stderr
-    return done.returncode
+    return done
 
 
 def losses(folder: Path) -> list[float]:
@@ -98,7 +101,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: 
 def test_two_processes_train_as_one_does(tmp_path: Path, autoencoder: list[str]) -> None:
     settings = [*TRAIN, *SETTINGS, *autoencoder, "--steps", "3"]
     assert run(*settings, "--out", str(tmp_path / "one")) == 0
-    assert run(*settings, "--out", str(tmp_path / "two"), processes=2) == 0
+    report = json.loads(launch(*settings, "--json", "--out", str(tmp_path / "two"), processes=2).stdout)
+    assert report["processes"] == 2
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     ours, theirs = (load_tensors(tmp_path / run / WEIGHTS_FILE)[0] for run in ("two", "one"))
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in theirs)

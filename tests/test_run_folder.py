@@ -85,6 +85,13 @@ def test_a_step_can_be_saved_again_over_a_damaged_one(folder: RunFolder) -> None
     assert names(folder) == ["step-00000002", "step-00000003"]
 
 
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(folder: RunFolder) -> None:
+    folder.save(5, {}, files(5))
+    (folder.path / "checkpoints" / "step-00000005" / STATE_FILE).unlink()
+    folder.save(4, {}, files(4))  # of a run that went on from step 3
+    assert names(folder) == ["step-00000003", "step-00000004"]
+
+
 def test_what_a_killed_save_left_is_cleared_away(folder: RunFolder) -> None:
     leftover = folder.path / "checkpoints" / ".step-00000004.partial"
     leftover.mkdir()

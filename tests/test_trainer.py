@@ -189,7 +189,9 @@ def test_the_average_follows_the_weights(run: Runs) -> None:
 def test_prefix_lengths(run: Runs) -> None:
     published = ["training.prefix_lengths=", "diffusion.unconditional_start=false"]
     assert run(*published).prefixes == (1, 5, 9)  # 1 and a multiple of the chunk's length
-    assert run(published[0]).prefixes == (0, 1, 5, 9)
+    assert run(published[0]).prefixes == (0, 1, 4, 5, 8, 9)  # and multiples of it, which follow an empty start
+    parallel = run("training.parallel_chunks=true", "training.clip_frames=21", published[0])
+    assert parallel.prefixes == (0,) and parallel.trained_prefixes == (0, 4, 8, 9)
     trainer = run("training.prefix_lengths=[0, 9]")
     assert {trainer.train_step().prefix for _ in range(8)} == {0, 9}
 

@@ -13,7 +13,7 @@ import torch
 from ..attention import Backend
 from ..autoencoder import Autoencoder, ConvAutoencoder, load_autoencoder, save_autoencoder, train_autoencoder
 from ..checkpoint import load_tensors, load_weights
-from ..config import AutoencoderKind, Crop, Precision, Preset
+from ..config import AutoencoderKind, Crop, Precision, Prediction, Preset, Split, Trainable
 from ..data import Clips, ClipSource, cache_latents, open_clips
 from ..errors import UsageError, UserError
 from ..model import CausalVideoTransformer
@@ -58,14 +58,24 @@ def run(
         preset = str(out)
     if distill is None and stored.get("teacher"):
         distill = Path(stored["teacher"])
+    if distill is not None and not distill.exists():
+        raise UsageError(f"--distill {distill}: no such file or folder; name the teacher's weights, or its run")
+    if distill is not None and distill.is_dir() and preset is not None and not resume:
+        raise UsageError(f"--distill {distill}: the folder has a preset of its own; leave out --preset {preset}")
     if distill is not None and checkpoint is None and not resume:
         checkpoint = distill  # where the student begins
-        preset = None if distill.is_dir() else preset
     loaded, weights = find_weights(preset, checkpoint, overrides)
     config = loaded.config
+    if distill is not None and config.diffusion.prediction is Prediction.EPSILON:
+        raise UsageError("--distill: epsilon says nothing of the latents where all is noise; it takes v or flow")
+    if config.training.trainable is not Trainable.ALL and checkpoint is None and not resume:
+        raise UsageError(
+            f"training.trainable: {config.training.trainable.value} needs weights to begin from, --checkpoint"
+        )
     if config.video is None:
         raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
-    accelerator = make_accelerator(device, config.training.precision)
+    without_prefix = not config.training.parallel_chunks and config.diffusion.unconditional_start
+    accelerator = make_accelerator(device, config.training.precision, unused_parameters=without_prefix)
     quiet = quiet or not accelerator.is_main_process
     as_json = as_json and accelerator.is_main_process
     where = accelerator.device
@@ -82,6 +92,8 @@ def run(
         raise UsageError(f"--seed {seed}: the run in {out} has seed {stored['seed']}; leave out --seed")
     if data is None and stored.get("origin"):
         data = Path(stored["origin"])
+    if validation_data is None and stored.get("validation"):
+        validation_data = Path(stored["validation"])
     if latents is None and stored.get("latents"):
         latents = Path(stored["latents"])
     fit = Crop(aspect or stored.get("aspect") or config.data.crop)
@@ -95,6 +107,7 @@ def run(
         sampling = replace(config.sampling, sampler="trailing", steps=config.distillation.steps)
         config = replace(config, sampling=sampling)
     origin = {} if data is None else {"origin": str(data.resolve()), "aspect": fit.value}
+    origin |= {} if validation_data is None else {"validation": str(validation_data.resolve())}
     origin |= {} if latents is None else {"latents": str(latents.resolve())}
     origin |= {} if distill is None else {"teacher": str(distill.resolve())}
     trainer = Trainer(config, clips, autoencoder, chosen, accelerator, config.training.steps, run_seed, origin, teacher)
@@ -105,10 +118,9 @@ def run(
     folder = RunFolder(out, config.training.keep_checkpoints)
     validator = None
     if config.training.validate_every and accelerator.is_main_process:
-        held_out = source
-        if validation_data is not None or data is None:
-            held_out = open_clips(validation_data, config, run_seed + HELD_OUT, config.clip_frames)
-        validator = Validator(config, held_out, autoencoder, chosen, where, trainer.prefixes, out / "validation")
+        held_out = _held_out(source, data, validation_data, config, run_seed)
+        prefixes = trainer.trained_prefixes
+        validator = Validator(config, held_out, autoencoder, chosen, where, prefixes, out / "validation")
     if accelerator.is_main_process:
         write_preset(config, out)
     began, first_step, frames = time.perf_counter(), trainer.step, 0
@@ -142,6 +154,7 @@ def run(
                 "trained_frames_per_second": frames / seconds,
                 "data_share": waited / seconds,
                 "loss": loss,
+                "processes": accelerator.num_processes,
                 "output": str(out),
             }
         )
@@ -189,6 +202,17 @@ def _check_folder(out: Path, resume: bool, quiet: bool) -> Checkpoint | None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UsageError(f"--out {out}: {nearest} is not a folder that you can write to; choose another")
     return None
+
+
+def _held_out(source: ClipSource, data: Path | None, held_out: Path | None, config: Preset, seed: int) -> ClipSource:
+    """Clips to validate on: of ``--validation-data`` the test part, where it has one; else the training data's."""
+    if held_out is None:
+        return source if data is not None else open_clips(None, config, seed + HELD_OUT, config.clip_frames)
+    test = replace(config, data=replace(config.data, split=Split.TEST))
+    try:
+        return open_clips(held_out, test, seed, config.clip_frames)
+    except UsageError:  # it has no parts
+        return open_clips(held_out, config, seed, config.clip_frames)
 
 
 def _teacher(weights: Path, config: Preset, backend: Backend, device: torch.device) -> CausalVideoTransformer:
