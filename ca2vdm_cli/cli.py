@@ -234,25 +234,27 @@ def train(
 
         check(preset, data, fit, set_ or [], as_json=json, quiet=quiet)
         return
-    from .commands.train import run
+    from .commands.train import Request, run
 
     run(
-        preset,
-        data,
-        fit,
-        validation_data,
-        cache_latents,
-        out,
-        steps,
-        checkpoint,
-        distill,
-        resume,
-        seed,
-        backend,
-        device,
-        set_ or [],
-        as_json=json,
-        quiet=quiet,
+        Request(
+            preset=preset,
+            data=data,
+            aspect=fit,
+            validation_data=validation_data,
+            cache_latents=cache_latents,
+            out=out,
+            steps=steps,
+            checkpoint=checkpoint,
+            distill=distill,
+            resume=resume,
+            seed=seed,
+            backend=backend,
+            device=device,
+            overrides=set_ or [],
+            as_json=json,
+            quiet=quiet,
+        )
     )
 
 

@@ -1032,7 +1032,9 @@ def test_program(program: list[str]) -> None:
 
 def test_distilling_a_run_gives_a_preset_of_few_steps(weights: Path, refused: Callable[..., str]) -> None:
     settings = ["--set", "distillation.steps=2", "--set", "distillation.teacher_steps=4"]
-    assert ca2vdm("train", *RUN, "--distill", weights, "--steps", 2, "--out", "student", "-q", *settings) == 0
+    request = ["train", *RUN, "--distill", weights, "--steps", 2, "--out", "student", "-q", *settings]
+    assert "it takes v or flow" in refused(2, *request)
+    assert ca2vdm(*request, "--set", "diffusion.prediction=v") == 0
     assert ca2vdm("train", *RUN, "--resume", "--steps", 3, "--out", "student", "-q") == 0
     preset = load_preset("student").config
     assert (preset.sampling.sampler, preset.sampling.steps) == ("trailing", 2)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from dataclasses import replace
+from collections import deque
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,146 +33,201 @@ HELD_OUT = 1_000_003
 """Added to the seed for synthetic clips that are not trained on."""
 
 
-def run(
-    preset: str | None,
-    data: Path | None,
-    aspect: str | None,
-    validation_data: Path | None,
-    latents: Path | None,
-    out: Path,
-    steps: int | None,
-    checkpoint: Path | None,
-    distill: Path | None,
-    resume: bool,
-    seed: int | None,
-    backend: str,
-    device: str,
-    overrides: list[str],
-    *,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Train and say how it went."""
-    last = _check_folder(out, resume, quiet)
-    stored = last.facts if last is not None else {}
-    if resume and preset is None and checkpoint is None:
-        preset = str(out)
-    if distill is None and stored.get("teacher"):
-        distill = Path(stored["teacher"])
-    if distill is not None and not distill.exists():
-        raise UsageError(f"--distill {distill}: no such file or folder; name the teacher's weights, or its run")
-    if distill is not None and distill.is_dir() and preset is not None and not resume:
-        raise UsageError(f"--distill {distill}: the folder has a preset of its own; leave out --preset {preset}")
-    if distill is not None and checkpoint is None and not resume:
-        checkpoint = distill  # where the student begins
-    loaded, weights = find_weights(preset, checkpoint, overrides)
-    config = loaded.config
-    if distill is not None and config.diffusion.prediction is Prediction.EPSILON:
-        raise UsageError("--distill: epsilon says nothing of the latents where all is noise; it takes v or flow")
-    if config.training.trainable is not Trainable.ALL and checkpoint is None and not resume:
-        raise UsageError(
-            f"training.trainable: {config.training.trainable.value} needs weights to begin from, --checkpoint"
+@dataclass(frozen=True)
+class Request:
+    """The flags of ``train``."""
+
+    preset: str | None
+    data: Path | None
+    aspect: str | None
+    validation_data: Path | None
+    cache_latents: Path | None
+    out: Path
+    steps: int | None
+    checkpoint: Path | None
+    distill: Path | None
+    resume: bool
+    seed: int | None
+    backend: str
+    device: str
+    overrides: list[str]
+    as_json: bool
+    quiet: bool
+
+    def remembering(self, last: Checkpoint | None) -> Request:
+        """What the run to go on with was asked, where nothing else is said now.
+
+        Raises:
+            UsageError: another seed than the run's, or a teacher that can't be.
+        """
+        facts = {} if last is None else last.facts
+        if last is not None and self.seed is not None and str(self.seed) != facts["seed"]:
+            raise UsageError(f"--seed {self.seed}: the run in {self.out} has seed {facts['seed']}; leave out --seed")
+
+        def path(given: Path | None, name: str) -> Path | None:
+            return given or (Path(facts[name]) if facts.get(name) else None)
+
+        distill, preset, checkpoint = path(self.distill, "teacher"), self.preset, self.checkpoint
+        if distill is not None and not distill.exists():
+            raise UsageError(f"--distill {distill}: no such file or folder; name the teacher's weights, or its run")
+        if last is None and distill is not None:
+            if distill.is_dir() and preset is not None:
+                raise UsageError(
+                    f"--distill {distill}: the folder has a preset of its own; leave out --preset {preset}"
+                )
+            checkpoint = checkpoint or distill  # where the student begins
+        if last is not None and preset is None and checkpoint is None:
+            preset = str(self.out)
+        return replace(
+            self,
+            preset=preset,
+            checkpoint=checkpoint,
+            distill=distill,
+            data=path(self.data, "origin"),
+            aspect=self.aspect or facts.get("aspect"),
+            validation_data=path(self.validation_data, "validation"),
+            cache_latents=path(self.cache_latents, "latents"),
+            seed=int(facts.get("seed", 0)) if self.seed is None else self.seed,
         )
-    if config.video is None:
-        raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
-    without_prefix = not config.training.parallel_chunks and config.diffusion.unconditional_start
-    accelerator = make_accelerator(device, config.training.precision, unused_parameters=without_prefix)
-    quiet = quiet or not accelerator.is_main_process
-    as_json = as_json and accelerator.is_main_process
-    where = accelerator.device
+
+    def facts(self, config: Preset) -> dict[str, str]:
+        """What is to be remembered."""
+        paths = {
+            "origin": self.data,
+            "validation": self.validation_data,
+            "latents": self.cache_latents,
+            "teacher": self.distill,
+        }
+        known = {name: str(path.resolve()) for name, path in paths.items() if path is not None}
+        return known | ({} if self.data is None else {"aspect": config.data.crop.value})
+
+
+def run(request: Request) -> None:
+    """Train and say how it went."""
+    out = request.out
+    last = _check_folder(out, request.resume, request.quiet)
+    request = request.remembering(last)
+    seed = request.seed or 0
+    loaded, weights = find_weights(request.preset, request.checkpoint, request.overrides)
+    config = _settled(loaded, request)
+    needs_all = config.training.parallel_chunks or not config.diffusion.unconditional_start
+    accelerator = make_accelerator(request.device, config.training.precision, unused_parameters=not needs_all)
+    main, device = accelerator.is_main_process, accelerator.device
+    quiet = request.quiet or not main
     half = config.training.precision is Precision.BFLOAT16
-    chosen = choose_backend(backend, where, torch.bfloat16 if half else torch.float32)
-    config = replace(
-        config,
-        training=replace(config.training, steps=steps or config.training.steps),
-        weights=WEIGHTS_FILE,
-        autoencoder_weights=AUTOENCODER_FILE if config.autoencoder.kind is AutoencoderKind.CONV else None,
-    )
-    run_seed = int(stored.get("seed", 0)) if seed is None else seed
-    if last is not None and run_seed != int(stored["seed"]):
-        raise UsageError(f"--seed {seed}: the run in {out} has seed {stored['seed']}; leave out --seed")
-    if data is None and stored.get("origin"):
-        data = Path(stored["origin"])
-    if validation_data is None and stored.get("validation"):
-        validation_data = Path(stored["validation"])
-    if latents is None and stored.get("latents"):
-        latents = Path(stored["latents"])
-    fit = Crop(aspect or stored.get("aspect") or config.data.crop)
-    config = replace(config, data=replace(config.data, crop=fit))
-    source = open_clips(data, config, run_seed, config.clip_frames)
+    backend = choose_backend(request.backend, device, torch.bfloat16 if half else torch.float32)
+    source = open_clips(request.data, config, seed, config.clip_frames)
+    clips, cache = source, request.cache_latents
     with accelerator.main_process_first():  # which trains and writes the autoencoder; the others read it
-        autoencoder = _autoencoder(loaded, config, source, out, where, run_seed, quiet)
-        clips = source if latents is None else _encoded(source, autoencoder, config, latents, where, quiet)
-    teacher = None if distill is None else _teacher(distill, config, chosen, where)
-    if teacher is not None:
-        sampling = replace(config.sampling, sampler="trailing", steps=config.distillation.steps)
-        config = replace(config, sampling=sampling)
-    origin = {} if data is None else {"origin": str(data.resolve()), "aspect": fit.value}
-    origin |= {} if validation_data is None else {"validation": str(validation_data.resolve())}
-    origin |= {} if latents is None else {"latents": str(latents.resolve())}
-    origin |= {} if distill is None else {"teacher": str(distill.resolve())}
-    trainer = Trainer(config, clips, autoencoder, chosen, accelerator, config.training.steps, run_seed, origin, teacher)
+        autoencoder = _autoencoder(loaded, config, source, out, device, seed, quiet)
+        if cache is not None:
+            clips = _encoded(source, autoencoder, config, cache, device, quiet)
+    teacher = None if request.distill is None else _teacher(request.distill, config, backend, device)
+    steps, facts = config.training.steps, request.facts(config)
+    trainer = Trainer(config, clips, autoencoder, backend, accelerator, steps, seed, facts, teacher)
     if last is not None:
         trainer.resume(last)
-    elif checkpoint is not None and weights is not None:
+    elif request.checkpoint is not None and weights is not None:
         trainer.start_from(load_tensors(weights)[0], str(weights))
-    folder = RunFolder(out, config.training.keep_checkpoints)
     validator = None
-    if config.training.validate_every and accelerator.is_main_process:
-        held_out = _held_out(source, data, validation_data, config, run_seed)
+    if config.training.validate_every and main:
+        held_out = _held_out(source, request, config, seed)
         prefixes = trainer.trained_prefixes
-        validator = Validator(config, held_out, autoencoder, chosen, where, prefixes, out / "validation")
-    if accelerator.is_main_process:
+        validator = Validator(config, held_out, autoencoder, backend, device, prefixes, out / "validation")
+    if main:
         write_preset(config, out)
-    began, first_step, frames = time.perf_counter(), trainer.step, 0
-    losses: list[float] = []
-    bar = ProgressBar("training", trainer.steps, trainer.steps, quiet=quiet, unit="steps", begun=trainer.step)
-
-    waited = 0.0
+    tally = _Tally(trainer)
+    bar = ProgressBar("training", steps, steps, quiet=quiet, unit="steps", begun=trainer.step)
 
     def on_step(report: StepReport) -> None:
-        nonlocal frames, waited
-        frames, waited = frames + report.frames, waited + report.data_seconds
-        losses.append(report.loss)
-        rate = report.frames / report.seconds
-        numbers = f"loss {_smooth(losses):.4f}  lr {report.learning_rate:.1e}  {rate:.0f} frames/s"
+        tally.add(report)
+        numbers = f"loss {tally.loss:.4f}  lr {report.learning_rate:.1e}  {report.frames / report.seconds:.0f} frames/s"
         bar.advance(finished=report.step, info=f"{numbers}  {size(report.memory_bytes)}")
 
     try:
         with bar:
-            train(trainer, folder, on_step, validator)
+            train(trainer, RunFolder(out, config.training.keep_checkpoints), on_step, validator)
     except KeyboardInterrupt:
         note(f"interrupted at step {trainer.step}: go on with ca2vdm train --resume --out {out}", quiet=quiet)
         raise
-    seconds = time.perf_counter() - began
-    loss = _smooth(losses) if losses else None
-    if as_json:
-        print_json(
-            {
-                "steps": trainer.step,
-                "seconds": seconds,
-                "steps_this_run": trainer.step - first_step,
-                "trained_frames_per_second": frames / seconds,
-                "data_share": waited / seconds,
-                "loss": loss,
-                "processes": accelerator.num_processes,
-                "output": str(out),
-            }
-        )
-    elif loss is None:
-        note(f"{out} is at step {trainer.step} already; ask for more with --steps", quiet=quiet)
-    else:
-        note(f"trained to step {trainer.step} in {duration(seconds)}, loss {loss:.4f} → {out}", quiet=quiet)
-        note(f"  {frames / seconds:.0f} frames/s, {waited / seconds:.0%} of the time waiting for data", quiet=quiet)
-        note(f"  sample it with: ca2vdm sample --preset {out}", quiet=quiet)
-    if isinstance(clips, Clips) and clips.skipped and not as_json:
+    if request.as_json:
+        if main:
+            print_json(tally.report(out))
+        return
+    tally.say(out, quiet)
+    if isinstance(clips, Clips) and clips.skipped:
         note(f"  left out {len(clips.skipped)} of {clips.count} videos: {clips.reasons()}", quiet=quiet)
 
 
-def _smooth(losses: list[float]) -> float:
-    """Mean of the last steps'."""
-    last = losses[-SMOOTHED_STEPS:]
-    return sum(last) / len(last)
+class _Tally:
+    """What a run has done so far."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.first_step, self.began = trainer, trainer.step, time.perf_counter()
+        self.frames, self.waited = 0, 0.0
+        self._losses: deque[float] = deque(maxlen=SMOOTHED_STEPS)
+
+    def add(self, report: StepReport) -> None:
+        """Count a step."""
+        self.frames += report.frames
+        self.waited += report.data_seconds
+        self._losses.append(report.loss)
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of the last steps'; None before the first."""
+        return sum(self._losses) / len(self._losses) if self._losses else None
+
+    def report(self, out: Path) -> dict[str, object]:
+        """The object of ``--json``."""
+        seconds = time.perf_counter() - self.began
+        return {
+            "steps": self.trainer.step,
+            "seconds": seconds,
+            "steps_this_run": self.trainer.step - self.first_step,
+            "trained_frames_per_second": self.frames / seconds,
+            "data_share": self.waited / seconds,
+            "loss": self.loss,
+            "processes": self.trainer.accelerator.num_processes,
+            "output": str(out),
+        }
+
+    def say(self, out: Path, quiet: bool) -> None:
+        """The same for people."""
+        seconds, step = time.perf_counter() - self.began, self.trainer.step
+        if self.loss is None:
+            note(f"{out} is at step {step} already; ask for more with --steps", quiet=quiet)
+            return
+        note(f"trained to step {step} in {duration(seconds)}, loss {self.loss:.4f} → {out}", quiet=quiet)
+        share = self.waited / seconds
+        note(f"  {self.frames / seconds:.0f} frames/s, {share:.0%} of the time waiting for data", quiet=quiet)
+        note(f"  sample it with: ca2vdm sample --preset {out}", quiet=quiet)
+
+
+def _settled(loaded: LoadedPreset, request: Request) -> Preset:
+    """The preset as it is trained and left beside the weights.
+
+    Raises:
+        UsageError: settings that can't be trained.
+    """
+    config, begins = loaded.config, request.checkpoint is not None or request.resume
+    if config.video is None:
+        raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
+    if config.training.trainable is not Trainable.ALL and not begins:
+        raise UsageError("training.trainable: temporal needs weights to begin from; name them with --checkpoint")
+    sampling = config.sampling
+    if request.distill is not None:
+        if config.diffusion.prediction is Prediction.EPSILON:
+            raise UsageError("--distill: epsilon says nothing of the latents where all is noise; it takes v or flow")
+        sampling = replace(sampling, sampler="trailing", steps=config.distillation.steps)
+    return replace(
+        config,
+        training=replace(config.training, steps=request.steps or config.training.steps),
+        sampling=sampling,
+        data=replace(config.data, crop=Crop(request.aspect or config.data.crop)),
+        weights=WEIGHTS_FILE,
+        autoencoder_weights=AUTOENCODER_FILE if config.autoencoder.kind is AutoencoderKind.CONV else None,
+    )
 
 
 def _check_folder(out: Path, resume: bool, quiet: bool) -> Checkpoint | None:
@@ -204,15 +260,15 @@ def _check_folder(out: Path, resume: bool, quiet: bool) -> Checkpoint | None:
     return None
 
 
-def _held_out(source: ClipSource, data: Path | None, held_out: Path | None, config: Preset, seed: int) -> ClipSource:
+def _held_out(source: ClipSource, request: Request, config: Preset, seed: int) -> ClipSource:
     """Clips to validate on: of ``--validation-data`` the test part, where it has one; else the training data's."""
-    if held_out is None:
-        return source if data is not None else open_clips(None, config, seed + HELD_OUT, config.clip_frames)
+    if request.validation_data is None:
+        return source if request.data is not None else open_clips(None, config, seed + HELD_OUT, config.clip_frames)
     test = replace(config, data=replace(config.data, split=Split.TEST))
     try:
-        return open_clips(held_out, test, seed, config.clip_frames)
+        return open_clips(request.validation_data, test, seed, config.clip_frames)
     except UsageError:  # it has no parts
-        return open_clips(held_out, config, seed, config.clip_frames)
+        return open_clips(request.validation_data, config, seed, config.clip_frames)
 
 
 def _teacher(weights: Path, config: Preset, backend: Backend, device: torch.device) -> CausalVideoTransformer:
