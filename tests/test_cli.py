@@ -1041,3 +1041,43 @@ def test_distilling_a_run_gives_a_preset_of_few_steps(weights: Path, refused: Ca
     assert RunFolder(Path("student")).newest()[0].facts["teacher"] == str(weights.resolve())  # type: ignore[union-attr]
     assert ca2vdm("sample", "--preset", "student", *RUN, "--frames", 3, "-q", "-o", "out.npz") == 0
     assert "no such file" in refused(2, "train", *RUN, "--distill", "absent.safetensors", "--out", "other")
+
+
+def test_temporal_layers_alone_need_weights_to_begin_from(refused: Callable[..., str]) -> None:
+    temporal = [*TRAIN, "--set", "training.trainable=temporal", "--steps", 1]
+    assert "name them with --checkpoint" in refused(2, *temporal, "--out", "run")
+
+
+def test_validation_goes_on_with_its_own_data() -> None:
+    save("clip.mp4", clip(20))
+    save("held-out/other.mp4", clip(20, 32, 40))
+    often = ["--set", "training.validate_every=1", "--set", "training.validation_clips=1"]
+    request = [*TRAIN, "--data", "clip.mp4", "--validation-data", "held-out", *often, "--out", "run", "-q"]
+    assert ca2vdm(*request, "--steps", 1) == 0
+    assert ca2vdm("train", *RUN, "--resume", "--out", "run", "--steps", 2, "-q") == 0
+    last = RunFolder(Path("run")).newest()[0]
+    assert last is not None and last.facts["validation"] == str(Path("held-out").resolve())
+    lines = [json.loads(line) for line in Path("run/validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and set(lines[0]["by_prefix"]) == {"0", "1", "4", "5", "9"}
+
+
+def test_checking_data_reads_and_trains_nothing(report: Callable[..., Any]) -> None:
+    save("videos/one.mp4", clip(20))
+    save("videos/short.mp4", clip(3))
+    result = report("train", "--preset", "tiny", "--data", "videos", "--check-data")
+    assert (result["videos"], result["usable_videos"]) == (2, 1) and "short.mp4" in str(result["rejects"])
+    assert not Path("runs").exists()
+
+
+def test_latents_are_kept_and_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
+    save("clip.mp4", clip(20))
+    request = [*TRAIN, "--data", "clip.mp4", "--cache-latents", "latents", "--steps", 1]
+    assert ca2vdm(*request, "--out", "first") == 0
+    assert "of 1 videos made, of 0 found there" in capsys.readouterr().err
+    assert len(list(Path("latents").glob("*.safetensors"))) == 1
+    trained = ["--set", "autoencoder_weights=" + str(Path("first/autoencoder.safetensors").resolve())]
+    assert ca2vdm(*request, "--out", "second", *trained) == 0
+    assert "of 0 videos made, of 1 found there" in capsys.readouterr().err
+    assert ca2vdm(*request, "--out", "third", "--seed", 3) == 0  # an autoencoder of its own
+    text = capsys.readouterr().err
+    assert "stale" in text and "of 1 videos made, of 0 found there" in text

@@ -291,7 +291,7 @@ def _encoded(
         )
     for name, reason in report.stale.items():
         note(f"{folder}: the entry of {name} was stale ({reason}) and is encoded anew", quiet=quiet)
-    note(f"{folder}: {report.encoded} videos encoded, {report.reused} found there", quiet=quiet)
+    note(f"{folder}: latents of {report.encoded} videos made, of {report.reused} found there", quiet=quiet)
     return clips
 
 
