@@ -201,7 +201,9 @@ def save_autoencoder(autoencoder: ConvAutoencoder, path: Path) -> None:
         key: (value if key.startswith("normalize.") else value.half()).cpu().contiguous()
         for key, value in autoencoder.state_dict().items()
     }
-    save_file(state, path, metadata={"format": "pt"})
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file(state, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
 
 
 def train_autoencoder(

@@ -532,9 +532,29 @@ class Preset:
     """The conv autoencoder's safetensors file, beside the preset's own."""
 
     @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Prefix lengths that a training step draws from."""
+        start, window, chunk = self.diffusion.unconditional_start, self.model.context_frames, self.model.chunk_frames
+        if self.training.prefix_lengths:
+            return self.training.prefix_lengths
+        if self.training.parallel_chunks:
+            return (0,) if start else (1,)
+        published = set(range(1, window + 1, chunk))
+        return tuple(sorted(published | {*range(0, window + 1, chunk), window} if start else published))
+
+    @property
     def clip_frames(self) -> int:
-        """Frames of the longest clip that training asks for."""
-        return self.training.clip_frames or self.model.window_frames
+        """Frames of the longest clip that training asks for: with parallel chunks up to a chunk after a full window."""
+        chunk, first = self.model.chunk_frames, min(self.prefixes)
+        if not self.training.parallel_chunks:
+            return self.model.window_frames
+        return self.training.clip_frames or first - (first - self.model.window_frames) // chunk * chunk
+
+    def chunks(self, prefix: int) -> int:
+        """Chunks that one forward trains after so many clean frames."""
+        if not self.training.parallel_chunks:
+            return 1
+        return max(1, (self.clip_frames - prefix) // self.model.chunk_frames)
 
     @model_validator(mode="after")
     def _check(self) -> Preset:
@@ -577,7 +597,7 @@ class Preset:
                 f"distillation.teacher_steps: {self.distillation.teacher_steps} must be at most "
                 f"diffusion.train_timesteps {self.diffusion.train_timesteps}"
             )
-        training, longest = self.training, max(prefixes, default=0) + self.model.chunk_frames
+        training, longest = self.training, max(self.prefixes) + self.model.chunk_frames
         if training.clip_frames is not None and not training.parallel_chunks:
             raise ValueError(f"training.clip_frames: {training.clip_frames} needs training.parallel_chunks")
         if training.clip_frames is not None and training.clip_frames < longest:

@@ -7,6 +7,7 @@ documentation.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +49,7 @@ def make_accelerator(device: str, precision: Precision, *, unused_parameters: bo
         UsageError: a device that accelerate would not take.
     """
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     except ImportError as error:
         raise UserError("training needs accelerate: pip install 'ca2vdm[train]'") from error
     where = resolve_device(device)
@@ -56,11 +57,16 @@ def make_accelerator(device: str, precision: Precision, *, unused_parameters: bo
         raise UsageError(
             f"--device {device}: training takes the first GPU that it sees; choose it by CUDA_VISIBLE_DEVICES"
         )
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=where.type == "cpu",
         mixed_precision="bf16" if precision is Precision.BFLOAT16 else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while the first encodes or validates
+        ],
     )
+    accelerator.gradient_accumulation_steps = 1  # the trainer's own; the launcher's setting would scale the loss again
+    return accelerator
 
 
 def whole(tensor: Tensor) -> Tensor:

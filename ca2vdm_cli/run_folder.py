@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,8 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """All tensors of one of its files."""
-        return load_tensors(self.folder / name)[0]
+        tensors, _ = load_tensors(self.folder / name)
+        return {key: value.clone() for key, value in tensors.items()}  # not of the file, which will be removed
 
 
 class RunFolder:
@@ -79,6 +80,10 @@ class RunFolder:
             UserError: it can't be written; what was there before still is.
         """
         final = self.path / CHECKPOINTS / f"step-{step:08d}"
+        with suppress(UserError):
+            self._read(final)
+            self.publish(final)  # saved already, and whole
+            return
         partial = final.with_name(f".{final.name}.partial")
         with _one_line(final):
             for leftover in final.parent.glob(".step-*"):  # of runs that were killed
@@ -95,11 +100,11 @@ class RunFolder:
             (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (partial / MANIFEST_FILE, partial):
                 _to_disk(path)
-            if final.exists():  # a damaged one, or the same step saved again
+            if final.exists():  # a damaged one
                 final.rename(final.with_name(f".{final.name}.old"))
             partial.rename(final)
             _to_disk(final.parent)
-            self._publish(final / WEIGHTS_FILE)
+            self.publish(final)
             later = [folder for folder in self._numbered() if _number(folder) > step]  # damaged, or of a run given up
             before = [folder for folder in self._numbered() if _number(folder) <= step]
             for leftover in (*final.parent.glob(".step-*"), *later, *before[self.keep :]):
@@ -120,7 +125,7 @@ class RunFolder:
         path = self.path / name
         with _one_line(path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
             kept = [line for line in lines if _step_of(line) <= step]
             if kept == lines:
                 return
@@ -138,7 +143,7 @@ class RunFolder:
             manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
             step, facts = int(manifest["step"]), {str(k): str(v) for k, v in manifest["facts"].items()}
             files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             raise UserError(f"{folder}: its {MANIFEST_FILE} is missing or damaged") from None
         if step != _number(folder) or not {WEIGHTS_FILE, STATE_FILE} <= files.keys():
             raise UserError(f"{folder}: its {MANIFEST_FILE} is of another checkpoint")
@@ -146,12 +151,17 @@ class RunFolder:
             path = folder / name
             if Path(name).name != name or not path.is_file():
                 raise UserError(f"{folder}: {name} is missing")
-            if path.stat().st_size != size or _digest(path) != digest:
+            try:
+                whole = path.stat().st_size == size and _digest(path) == digest
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+            if not whole:
                 raise UserError(f"{path}: damaged (not the bytes that were written)")
         return Checkpoint(folder, step, facts)
 
-    def _publish(self, weights: Path) -> None:
-        """Put the averaged weights where ``sample`` looks for them, at once."""
+    def publish(self, checkpoint: Path) -> None:
+        """Put a checkpoint's averaged weights where ``sample`` looks for them, at once."""
+        weights = checkpoint / WEIGHTS_FILE
         temporary = self.path / f".{WEIGHTS_FILE}.partial"
         temporary.unlink(missing_ok=True)
         try:
@@ -169,7 +179,7 @@ def _step_of(line: str) -> float:
     """The step of a line of metrics; endless for half a line, which a killed run may leave."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return float("inf")
 
 
@@ -185,7 +195,7 @@ def _to_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some file systems can't for folders
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems can't for folders
             os.fsync(handle)
     finally:
         os.close(handle)

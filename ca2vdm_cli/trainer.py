@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 CLIP, STEP, ROLLOUT = 1, 2, 3
 """What random numbers are for: a clip's noise, a step's prefix length, or a clip's rollout."""
+ENCODED_TOGETHER = 64
+"""Frames that the autoencoder works on at once."""
 TEMPORAL_LAYERS = ("attn_temp", "attn_temp_pre_merge", "attn_cf")
 """Layers of a block that video adds to an image model."""
 
@@ -113,6 +115,7 @@ class Trainer:
                 f"training.batch_size: {training.batch_size} must be a multiple of {shares}, the processes "
                 f"({accelerator.num_processes}) times training.accumulation ({training.accumulation})"
             )
+        check_sharing(preset, accelerator)
         self.share = training.batch_size // shares
         """Clips of one forward of one process."""
         torch.manual_seed(seed)
@@ -132,31 +135,11 @@ class Trainer:
         self._begin_average()
 
     @property
-    def prefixes(self) -> tuple[int, ...]:
-        """Prefix lengths that a step draws from."""
-        model, training = self.preset.model, self.preset.training
-        if training.prefix_lengths:
-            return training.prefix_lengths
-        start = self.preset.diffusion.unconditional_start
-        if training.parallel_chunks:
-            return (0,) if start else (1,)
-        window, chunk = model.context_frames, model.chunk_frames
-        published = set(range(1, window + 1, chunk))
-        return tuple(sorted(published | {*range(0, window + 1, chunk), window} if start else published))
-
-    @property
     def trained_prefixes(self) -> tuple[int, ...]:
         """Prefix lengths that some chunk is trained after, with those of later chunks of a clip."""
         window, chunk = self.preset.model.context_frames, self.preset.model.chunk_frames
-        every = {min(window, p + j * chunk) for p in self.prefixes for j in range(self.chunks(p))}
+        every = {min(window, p + j * chunk) for p in self.preset.prefixes for j in range(self.preset.chunks(p))}
         return tuple(sorted(every))
-
-    def chunks(self, prefix: int) -> int:
-        """Chunks that are trained in one forward after so many clean frames."""
-        model, training = self.preset.model, self.preset.training
-        if not training.parallel_chunks:
-            return 1
-        return max(1, (self.preset.clip_frames - prefix) // model.chunk_frames)
 
     def start_from(self, weights: dict[str, Tensor], source: str) -> None:
         """Begin at given weights instead of random ones (fine-tuning)."""
@@ -168,7 +151,7 @@ class Trainer:
         began = time.perf_counter()
         training, chunk = self.preset.training, self.preset.model.chunk_frames
         prefix = self._draw_prefix(self.step)
-        chunks = self.chunks(prefix)
+        chunks = self.preset.chunks(prefix)
         rate = self._learning_rate()
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
@@ -223,7 +206,7 @@ class Trainer:
         return torch.Generator().manual_seed(int(state) % 2**63)
 
     def _draw_prefix(self, step: int) -> int:
-        lengths = self.prefixes
+        lengths = self.preset.prefixes
         weights = torch.tensor(self.preset.training.prefix_weights or [1.0] * len(lengths), dtype=torch.float64)
         return lengths[int(torch.multinomial(weights, 1, generator=self._generator(STEP, step)))]
 
@@ -233,7 +216,7 @@ class Trainer:
 
         def frames(part: int) -> int:
             prefix = self._draw_prefix(part // accumulation)
-            return prefix + self.chunks(prefix) * self.preset.model.chunk_frames
+            return prefix + self.preset.chunks(prefix) * self.preset.model.chunk_frames
 
         if self._loader is None:
             self._loader = ClipLoader(
@@ -267,7 +250,8 @@ class Trainer:
         frames = clips.clips.to(self.device, non_blocking=True)
         if not isinstance(self.source, LatentClips):
             with self.accelerator.autocast():
-                frames = self.autoencoder.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+                parts = [self.autoencoder.encode(part) for part in frames.flatten(0, 1).split(ENCODED_TOGETHER)]
+            frames = torch.cat(parts).unflatten(0, frames.shape[:2])
         return frames.float().transpose(1, 2)
 
     def _roll_out(
@@ -307,10 +291,10 @@ class Trainer:
         """Exponential moving average in float32, shorter at first so that it forgets the random start."""
         decay = min(self.preset.training.ema_decay, (1 + self.step) / (10 + self.step))
         own = self.model.state_dict()
-        averages = [v for v in self.average.values() if v.is_floating_point()]
-        torch._foreach_lerp_(
-            averages, [own[k].detach() for k, v in self.average.items() if v.is_floating_point()], 1 - decay
-        )
+        for kind in {type(value) for value in self.average.values()}:  # FSDP shares parameters, but not buffers
+            keys = [k for k, v in self.average.items() if type(v) is kind and v.is_floating_point()]
+            if keys:
+                torch._foreach_lerp_([self.average[k] for k in keys], [own[k].detach() for k in keys], 1 - decay)
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The moving average, gathered from all processes."""
@@ -371,6 +355,19 @@ class Trainer:
         load_weights(self.model, {k: like(v, own[k]) if k in own else v for k, v in weights.items()}, source)
 
 
+def check_sharing(preset: Preset, accelerator: Accelerator) -> None:
+    """Refuse what several devices can't share.
+
+    Raises:
+        UsageError: DeepSpeed; or with FSDP what needs the blocks' weights outside of a forward.
+    """
+    kind = accelerator.distributed_type.value
+    if kind == "DEEPSPEED":
+        raise UsageError("DeepSpeed: its ZeRO stages are not supported; FSDP2 shares optimizer state too")
+    if kind == "FSDP" and (preset.training.rollout_share or preset.model.text_channels):
+        raise UsageError("FSDP: it does not go with training.rollout_share, nor with text; use DDP for these")
+
+
 def choose_trainable(model: nn.Module, trainable: Trainable) -> None:
     """Freeze what is not to be trained."""
     if trainable is Trainable.TEMPORAL:
@@ -425,7 +422,7 @@ def train(
             log.step(report)
             on_step(report)
             done = trainer.step == trainer.steps
-            if trainer.step % training.checkpoint_every == 0 and not done:
+            if trainer.step % training.checkpoint_every == 0 or done:
                 trainer.save(folder)
             if training.validate_every and (trainer.step % training.validate_every == 0 or done):
                 weights = trainer.averaged_weights()
@@ -437,4 +434,6 @@ def train(
 def write_preset(preset: Preset, folder: Path) -> None:
     """Put the resolved preset beside the weights, so that ``--preset FOLDER`` is all that ``sample`` needs."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PRESET_FILE).write_text(dump_preset(preset), encoding="utf-8")
+    temporary = folder / f".{PRESET_FILE}.partial"
+    temporary.write_text(dump_preset(preset), encoding="utf-8")
+    temporary.replace(folder / PRESET_FILE)

@@ -125,8 +125,10 @@ class Validator:
         sampler = make_sampler(self.preset.sampling.sampler, self.process, self.preset.sampling.steps)
         shape = (config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
         noise = SeededNoise(SEED, list(range(VIDEOS)), shape, device)
-        chunks = -(-2 * config.context_frames // config.chunk_frames)
         context = make_context(self.model, Strategy.CACHED, VIDEOS)
+        start, longest = 0 if given is None else 1, context.clock.longest
+        frames = 2 * config.context_frames
+        chunks = -(-frames // config.chunk_frames) if longest is None else (longest - start) // config.chunk_frames
         made = generate(context, self.process, sampler, noise, chunks, given=given, caption=caption)
         latents = torch.cat([*([] if given is None else [given]), *(chunk.latents for chunk in made)], dim=2)
         pixels = self.autoencoder.decode(latents.transpose(1, 2).flatten(0, 1))

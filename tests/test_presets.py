@@ -226,3 +226,17 @@ def test_weights_are_beside_the_preset(tmp_path: Path, monkeypatch: pytest.Monke
 def test_importing_presets_leaves_torch_out() -> None:
     script = "import sys, ca2vdm_cli.presets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_what_training_asks_of_a_clip() -> None:
+    def config(*overrides: str) -> Preset:
+        return load_preset("tiny", ["training.prefix_lengths=", *overrides]).config
+
+    start, parallel = "diffusion.unconditional_start=false", "training.parallel_chunks=true"
+    assert (config().clip_frames, config().chunks(5)) == (13, 1)
+    assert config(parallel).prefixes == (0,) and config(start, parallel).prefixes == (1,)
+    for overrides, frames, chunks in (((parallel,), 16, 4), ((parallel, start), 13, 3)):  # the last after a full window
+        found = config(*overrides)
+        assert (found.clip_frames, found.chunks(found.prefixes[0])) == (frames, chunks)
+    with pytest.raises(UsageError, match="must be at least 5, a whole chunk"):
+        config(parallel, start, "training.clip_frames=4")

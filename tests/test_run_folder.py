@@ -67,6 +67,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(folder: RunFold
         '{"step": 3, "facts": {}, "files": {}}',
         '{"step": 3, "facts": {}, "files": {"../../metrics.jsonl": {"bytes": 1, "sha256": ""}}}',
         '{"step": 3, "facts": [], "files": {}}',
+        '{"step": Infinity, "facts": {}, "files": {}}',
         "[" * 100_000,
     ],
 )
@@ -90,6 +91,14 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(folder: RunFolder) -
     (folder.path / "checkpoints" / "step-00000005" / STATE_FILE).unlink()
     folder.save(4, {}, files(4))  # of a run that went on from step 3
     assert names(folder) == ["step-00000003", "step-00000004"]
+
+
+def test_a_step_that_is_saved_already_is_left_alone(folder: RunFolder) -> None:
+    (folder.path / WEIGHTS_FILE).unlink()  # as if killed before
+    folder.save(3, {}, files(9))
+    last, _ = folder.newest()
+    assert last is not None and torch.equal(last.tensors(STATE_FILE)["model.w"], torch.full((50,), 6.0))
+    assert torch.equal(load_tensors(folder.path / WEIGHTS_FILE)[0]["w"], torch.full((50,), 3.0))
 
 
 def test_what_a_killed_save_left_is_cleared_away(folder: RunFolder) -> None:

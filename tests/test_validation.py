@@ -52,6 +52,12 @@ def test_a_validation_leaves_a_video_and_a_sheet(start: bool, tmp_path: Path) ->
     assert len(frames) == -(-2 * window // chunk) * chunk + (0 if start else 1)
 
 
+def test_a_video_of_absolute_positions_ends_where_they_do(tmp_path: Path) -> None:
+    validate = validator(tmp_path, "model.temporal_positions=absolute")
+    with open_reader(validate(validate.model.state_dict(), 1).video) as reader:
+        assert len(list(reader)) == 12  # of 13 positions, in chunks of 4
+
+
 def test_the_held_out_loss_depends_on_the_weights_alone(tmp_path: Path) -> None:
     first, second = validator(tmp_path), validator(tmp_path)
     weights = first.model.state_dict()

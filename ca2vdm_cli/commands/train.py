@@ -106,12 +106,14 @@ def run(request: Request) -> None:
     """Train and say how it went."""
     out = request.out
     last = _check_folder(out, request.resume, request.quiet)
+    if last is not None:
+        RunFolder(out).publish(last.folder)  # a killed run may not have come so far
     request = request.remembering(last)
     seed = request.seed or 0
     loaded, weights = find_weights(request.preset, request.checkpoint, request.overrides)
     config = _settled(loaded, request)
-    needs_all = config.training.parallel_chunks or not config.diffusion.unconditional_start
-    accelerator = make_accelerator(request.device, config.training.precision, unused_parameters=not needs_all)
+    unused = any(prefix == 0 and config.chunks(prefix) == 1 for prefix in config.prefixes)
+    accelerator = make_accelerator(request.device, config.training.precision, unused_parameters=unused)
     main, device = accelerator.is_main_process, accelerator.device
     quiet = request.quiet or not main
     half = config.training.precision is Precision.BFLOAT16
@@ -119,7 +121,8 @@ def run(request: Request) -> None:
     source = open_clips(request.data, config, seed, config.clip_frames)
     clips, cache = source, request.cache_latents
     with accelerator.main_process_first():  # which trains and writes the autoencoder; the others read it
-        autoencoder = _autoencoder(loaded, config, source, out, device, seed, quiet)
+        kept = last is not None or not main
+        autoencoder = _autoencoder(loaded, config, source, out, device, seed, quiet, kept=kept)
         if cache is not None:
             clips = _encoded(source, autoencoder, config, cache, device, quiet)
     teacher = None if request.distill is None else _teacher(request.distill, config, backend, device)
@@ -296,12 +299,23 @@ def _encoded(
 
 
 def _autoencoder(
-    loaded: LoadedPreset, config: Preset, source: ClipSource, out: Path, device: torch.device, seed: int, quiet: bool
+    loaded: LoadedPreset,
+    config: Preset,
+    source: ClipSource,
+    out: Path,
+    device: torch.device,
+    seed: int,
+    quiet: bool,
+    *,
+    kept: bool,
 ) -> Autoencoder:
-    """The preset's autoencoder; a conv one without weights is trained first. A copy goes beside the weights."""
+    """The preset's autoencoder, or the one ``kept`` in the run's folder; a conv one without weights is trained first.
+
+    A copy goes beside the weights.
+    """
     assert config.video is not None
-    kept = out / AUTOENCODER_FILE
-    path = kept if kept.is_file() else loaded.autoencoder_weights_path
+    copy = out / AUTOENCODER_FILE
+    path = copy if kept and copy.is_file() else loaded.autoencoder_weights_path
     torch.manual_seed(seed)
     autoencoder = load_autoencoder(config.autoencoder, config.video, config.model.in_channels, path)
     autoencoder.to(device)
@@ -321,9 +335,9 @@ def _autoencoder(
                 seed,
                 lambda step, loss: bar.advance(finished=step, info=f"loss {loss:.4f}"),
             )
-    if path != kept:
+    if path != copy:
         out.mkdir(parents=True, exist_ok=True)
-        save_autoencoder(autoencoder, kept)
+        save_autoencoder(autoencoder, copy)
         # as stored, so rounded: what sampling and a resumed run will see
-        autoencoder = load_autoencoder(config.autoencoder, config.video, config.model.in_channels, kept).to(device)
+        autoencoder = load_autoencoder(config.autoencoder, config.video, config.model.in_channels, copy).to(device)
     return autoencoder

@@ -102,6 +102,8 @@ class Clips(ABC):
             self._check()
             video = int(draw.integers(len(self.videos)))
             length = self._length(video)
+            if length < span:
+                self._skip(video, too_short(length, span))
             if length < max(span, self.span(self.frames)):
                 continue
             start = int(draw.integers(length - span + 1))

@@ -9,7 +9,6 @@ import atexit
 import itertools
 import multiprocessing
 import multiprocessing.resource_tracker
-import pickle
 import queue
 import signal
 import threading
@@ -215,7 +214,7 @@ class _Worker:
                     continue
                 task, clips, captions, skipped = received
                 self._answers.put(_Answer(Batch(task.step, torch.from_numpy(clips), captions), skipped))
-        except (EOFError, OSError, pickle.UnpicklingError):
+        except Exception:  # whatever it is, the caller must not wait for ever
             self._process.join()
             code = self._process.exitcode
             why = "out of memory, perhaps" if code == -signal.SIGKILL else "its own message is above, if it left one"
