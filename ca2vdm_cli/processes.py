@@ -1,7 +1,6 @@
 """The processes of a run, through accelerate: one on a laptop, or many that ``accelerate launch`` has started.
 
-Only CPU processes (gloo) were ever run by the authors; GPUs, FSDP and DeepSpeed are written from accelerate's
-documentation.
+Only CPU processes (gloo) were ever run by the authors, with DDP and once with FSDP2; GPUs never.
 """
 
 from __future__ import annotations
