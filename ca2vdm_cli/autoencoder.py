@@ -1,4 +1,4 @@
-"""Between frames and latents: the package's small convolutional autoencoder, or an ``AutoencoderKL`` of diffusers.
+"""Between frames and latents: the package's small convolutional autoencoders, or an ``AutoencoderKL`` of diffusers.
 
 Shapes: N frames, C channels, H and W pixels; c latent channels, h = H / downsample, w = W / downsample.
 """
@@ -23,8 +23,6 @@ from ca2vdm_cli.errors import UsageError, UserError
 
 ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 """Residual blocks at each of the two resolutions."""
-LATENT_NOISE = 0.15
-"""Standard deviation of the noise on latents in training: the decoder learns to forgive a diffusion model's errors."""
 CROP_LATENTS = 5
 """Side of a training crop in latent pixels."""
 DECODER_SHARE = 0.2
@@ -50,23 +48,28 @@ class ConvAutoencoder(nn.Module):
     that moves by a latent pixel therefore moves its latents and changes nothing else (but at the borders), which is
     easy to learn for a diffusion model, and training needs crops only. Latents have mean 0 and standard deviation 1
     per channel.
+
+    The encoder is learned (``conv``) or fixed (``lowpass``): latents that are smoothed frames change slowly as things
+    move, which is easier still for a diffusion model, and the decoder alone is to be trained.
     """
 
     def __init__(self, config: AutoencoderConfig, channels: int, in_channels: int) -> None:
         super().__init__()
-        self.downsample = config.downsample
+        self.downsample, self.latent_noise = config.downsample, config.latent_noise
         fold = config.downsample // 2
         width, wide, pixels = config.base_channels, 2 * config.base_channels, channels * fold**2
-        self.encoder = nn.Sequential(  # (N, C, H, W)
-            nn.PixelUnshuffle(fold),
-            _conv(pixels, width),  # (N, width, 2h, 2w)
-            *(ResidualBlock(width) for _ in range(ENCODER_BLOCKS)),
-            nn.Conv2d(width, wide, kernel_size=2, stride=2),  # (N, wide, h, w)
-            *(ResidualBlock(wide) for _ in range(ENCODER_BLOCKS)),
-            ChannelNorm(wide),
-            nn.SiLU(),
-            _conv(wide, in_channels),  # (N, c, h, w)
-        )
+        self.encoder: nn.Module = LowPass(config.downsample)
+        if config.kind is AutoencoderKind.CONV:
+            self.encoder = nn.Sequential(  # (N, C, H, W)
+                nn.PixelUnshuffle(fold),
+                _conv(pixels, width),  # (N, width, 2h, 2w)
+                *(ResidualBlock(width) for _ in range(ENCODER_BLOCKS)),
+                nn.Conv2d(width, wide, kernel_size=2, stride=2),  # (N, wide, h, w)
+                *(ResidualBlock(wide) for _ in range(ENCODER_BLOCKS)),
+                ChannelNorm(wide),
+                nn.SiLU(),
+                _conv(wide, in_channels),  # (N, c, h, w)
+            )
         self.normalize = nn.BatchNorm2d(in_channels, affine=False, momentum=None)
         self.decoder = nn.Sequential(
             _conv(in_channels, wide),
@@ -92,6 +95,24 @@ class ConvAutoencoder(nn.Module):
     def reconstruct(self, latents: Tensor) -> Tensor:
         """``decode`` without the clamp, which has no gradient: for training."""
         return self.decoder(latents.contiguous(memory_format=torch.channels_last))
+
+
+class LowPass(nn.Module):
+    """Smoothes every channel by a quadratic B-spline three latent pixels wide, and takes one value of each."""
+
+    def __init__(self, downsample: int) -> None:
+        super().__init__()
+        self.downsample = downsample
+        box = torch.full((1, 1, downsample), 1 / downsample)
+        spline = F.conv1d(F.conv1d(box, box, padding=downsample - 1), box, padding=downsample - 1)[0, 0]
+        self.kernel: Tensor
+        self.register_buffer("kernel", torch.outer(spline, spline)[None, None], persistent=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, h, w)."""
+        padded = F.pad(frames, (self.downsample - 1,) * 4, mode="replicate")
+        kernel = self.kernel.expand(frames.shape[1], -1, -1, -1)
+        return F.conv2d(padded, kernel, stride=self.downsample, groups=frames.shape[1])
 
 
 class ResidualBlock(nn.Module):
@@ -165,7 +186,7 @@ def load_autoencoder(
 
     Args:
         in_channels: channels of a latent, ``model.in_channels``.
-        weights_path: the conv autoencoder's safetensors file; without it its weights are random.
+        weights_path: the safetensors file of a conv or lowpass autoencoder; without it its weights are random.
 
     Raises:
         UserError: the weights are missing or do not fit, or diffusers is not installed.
@@ -215,19 +236,25 @@ def train_autoencoder(
 ) -> None:
     """Train on crops of ``source``, fix the latents' mean and variance, then train the decoder alone on whole frames.
 
+    With a fixed encoder there is the second part only.
+
     Args:
         training: its ``autoencoder_*`` fields say how long, how fast and how many pictures a step.
         seed: of the noise on latents; the order of the pictures is the source's own.
         progress: called after every step with the number of steps done and the loss.
     """
     side = CROP_LATENTS * autoencoder.downsample
-    joint_steps = round((1 - DECODER_SHARE) * training.autoencoder_steps)
+    fixed = not list(autoencoder.encoder.parameters())
+    joint_steps = 0 if fixed else round((1 - DECODER_SHARE) * training.autoencoder_steps)
     phases: tuple[tuple[int, int, nn.Module, Callable[[int], Tensor]], ...] = (
         (0, joint_steps, autoencoder.train(), lambda index: source.crop(index, side)),
         (joint_steps, training.autoencoder_steps, autoencoder.decoder, lambda index: source.clip(index, 1)[0]),
     )
     noise = torch.Generator().manual_seed(seed)
     for start, end, part, picture in phases:
+        if part is autoencoder.decoder:
+            _measure_latents(autoencoder, source)
+            autoencoder.eval()
         steps = max(1, end - start)
         autoencoder.requires_grad_(False)
         part.requires_grad_(True)
@@ -243,9 +270,6 @@ def train_autoencoder(
             optimizer.step()
             schedule.step()
             progress(step + 1, loss.item())
-        if part is autoencoder:
-            _measure_latents(autoencoder, source)
-            autoencoder.eval()
     autoencoder.requires_grad_(False)
 
 
@@ -258,7 +282,7 @@ def _loss(autoencoder: ConvAutoencoder, frames: Tensor, noise: torch.Generator) 
     """Squared plus a fifth of the absolute error of (N, C, H, W) frames, reconstructed from perturbed latents."""
     frames = frames.to(next(autoencoder.parameters()).device)
     latents = autoencoder.encode(frames)  # in training mode normalised with the batch's own mean and variance
-    latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=noise).to(latents)
+    latents = latents + autoencoder.latent_noise * torch.randn(latents.shape, generator=noise).to(latents)
     error = autoencoder.reconstruct(latents) - frames
     return error.square().mean() + 0.2 * error.abs().mean()
 

@@ -86,7 +86,7 @@ class Optimizer(str, Enum):
     ADAMW = "adamw"
     """AdamW for every parameter (published)."""
     MUON = "muon"
-    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest; needs PyTorch 2.9."""
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest."""
 
 
 class Trainable(str, Enum):
@@ -101,10 +101,12 @@ class Trainable(str, Enum):
 class Precision(str, Enum):
     """What training computes in; weights and moments are float32 always."""
 
+    AUTO = "auto"
+    """bfloat16 where the processor multiplies it natively, else float32."""
     FLOAT32 = "float32"
     """Single precision."""
     BFLOAT16 = "bfloat16"
-    """Matrix products in bfloat16 (autocast); pays where the processor multiplies it natively."""
+    """Matrix products in bfloat16 (autocast); where the processor has to convert it, many times slower."""
 
 
 class AutoencoderKind(str, Enum):
@@ -114,8 +116,15 @@ class AutoencoderKind(str, Enum):
     """Nothing: the preset works on latents only (benchmarks)."""
     CONV = "conv"
     """The small convolutional autoencoder of this package."""
+    LOWPASS = "lowpass"
+    """Latents are the frames themselves, smoothed and made smaller; a small network learns to draw them sharp again."""
     DIFFUSERS = "diffusers"
     """An ``AutoencoderKL`` of the diffusers library (extra ``latent``)."""
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether ``train`` makes its weights."""
+        return self in (AutoencoderKind.CONV, AutoencoderKind.LOWPASS)
 
 
 class DataFormat(str, Enum):
@@ -346,14 +355,18 @@ class AutoencoderConfig:
     scale_factor: Annotated[float, Field(gt=0)] = 1.0
     """Latents are multiplied by this so that their standard deviation is near 1 (0.18215 for the SD autoencoder)."""
     downsample: Annotated[int, Field(ge=2)] = 8
-    """Pixels per latent pixel along each side (conv: an even number)."""
+    """Pixels per latent pixel along each side (conv, lowpass: an even number)."""
     base_channels: Count = 48
-    """conv: width of the feature maps at twice the latents' size; at the latents' size they are twice as wide."""
+    """conv, lowpass: width of the feature maps at twice the latents' size; at the latents' size they are twice as
+    wide."""
+    latent_noise: Annotated[float, Field(ge=0)] = 0.15
+    """conv, lowpass: standard deviation of the noise on latents (whose own is 1) in training, so that the decoder
+    learns to forgive a diffusion model's errors."""
 
     @model_validator(mode="after")
     def _check(self) -> AutoencoderConfig:
-        if self.kind is AutoencoderKind.CONV and self.downsample % 2:
-            raise ValueError(f"downsample: {self.downsample} must be even for the conv autoencoder")
+        if self.kind.trained_here and self.downsample % 2:
+            raise ValueError(f"downsample: {self.downsample} must be even for the {self.kind.value} autoencoder")
         if self.kind is AutoencoderKind.DIFFUSERS and self.path is None:
             raise ValueError("path: the diffusers autoencoder needs a local folder or a hub name")
         return self
@@ -479,11 +492,11 @@ class TrainingConfig:
     validation_clips: Count = 16
     """Clips that the held-out loss is measured on."""
     autoencoder_steps: Annotated[int, Field(ge=0)] = 0
-    """conv autoencoder: steps of its own training, before the model's, when it has no weights."""
+    """conv and lowpass autoencoders: steps of their own training, before the model's, where they have no weights."""
     autoencoder_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """conv autoencoder: peak learning rate."""
+    """conv and lowpass autoencoders: peak learning rate."""
     autoencoder_batch_size: Count = 32
-    """conv autoencoder: pictures per step."""
+    """conv and lowpass autoencoders: pictures per step."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -529,7 +542,7 @@ class Preset:
     weights: str | None = None
     """The model's safetensors file, beside the preset's own."""
     autoencoder_weights: str | None = None
-    """The conv autoencoder's safetensors file, beside the preset's own."""
+    """The safetensors file of a conv or lowpass autoencoder, beside the preset's own."""
 
     @property
     def prefixes(self) -> tuple[int, ...]:
@@ -568,6 +581,12 @@ class Preset:
                         f"video.{side}: {pixels} must be model.latent_{side} {latent} times "
                         f"autoencoder.downsample {self.autoencoder.downsample} = {latent * self.autoencoder.downsample}"
                     )
+        lowpass = self.autoencoder.kind is AutoencoderKind.LOWPASS
+        if lowpass and self.video is not None and self.model.in_channels != self.video.channels:
+            raise ValueError(
+                f"model.in_channels: {self.model.in_channels} must be video.channels {self.video.channels} with the "
+                "lowpass autoencoder"
+            )
         if self.synthetic_data is not None and self.video is None:
             raise ValueError("synthetic_data: needs a video section")
         if self.diffusion.flow and self.model.learn_variance:

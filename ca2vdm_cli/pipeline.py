@@ -24,7 +24,7 @@ from typing_extensions import Unpack
 from .attention import Backend
 from .autoencoder import Autoencoder, load_autoencoder
 from .checkpoint import load_tensors, load_weights
-from .config import AutoencoderKind, Preset
+from .config import Preset
 from .diffusion import NoiseProcess
 from .errors import UsageError, UserError
 from .generation import Caption, Context, LatentChunk, SeededNoise, Strategy, generate, make_context, stored_caption
@@ -327,7 +327,7 @@ def _load_autoencoder(preset: LoadedPreset, device: torch.device) -> Autoencoder
     config = preset.config
     if config.video is None:
         return None
-    if config.autoencoder.kind is AutoencoderKind.CONV and preset.autoencoder_weights_path is None:
+    if config.autoencoder.kind.trained_here and preset.autoencoder_weights_path is None:
         raise UsageError(
             f"preset {preset.name}: its autoencoder has no weights; use --preset with the folder of a training run, or "
             "name a file beside the preset as autoencoder_weights"

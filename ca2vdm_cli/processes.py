@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import Precision
 from .errors import UsageError, UserError
-from .runtime import resolve_device
+from .runtime import native_bfloat16, resolve_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,9 +56,10 @@ def make_accelerator(device: str, precision: Precision, *, unused_parameters: bo
         raise UsageError(
             f"--device {device}: training takes the first GPU that it sees; choose it by CUDA_VISIBLE_DEVICES"
         )
+    half = native_bfloat16(where) if precision is Precision.AUTO else precision is Precision.BFLOAT16
     accelerator = Accelerator(
         cpu=where.type == "cpu",
-        mixed_precision="bf16" if precision is Precision.BFLOAT16 else "no",
+        mixed_precision="bf16" if half else "no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
             InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while the first encodes or validates

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .attention import Backend
 from .autoencoder import Autoencoder
 from .checkpoint import load_weights
-from .config import Optimizer, Preset, Schedule, Trainable, TrainingConfig
+from .config import Preset, Schedule, Trainable
 from .data import Batch, ClipLoader, ClipSource, LatentClips
 from .diffusion import NoiseProcess
 from .distillation import Distillation
@@ -28,6 +28,7 @@ from .errors import UsageError, UserError
 from .interrupts import held_interrupts
 from .model import CausalVideoTransformer
 from .objective import Draw, Objective
+from .optimizers import make_optimizers
 from .presets import PRESET_FILE, dump_preset
 from .processes import any_process, like, whole
 from .rollout import own_context
@@ -373,31 +374,6 @@ def choose_trainable(model: nn.Module, trainable: Trainable) -> None:
     if trainable is Trainable.TEMPORAL:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(layer in name.split(".") for layer in TEMPORAL_LAYERS))
-
-
-def make_optimizers(model: nn.Module, training: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the others, by name.
-
-    Raises:
-        UserError: this PyTorch has no Muon.
-    """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    if training.optimizer is Optimizer.MUON:
-        if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"training.optimizer: muon needs PyTorch 2.9 or later, this is {torch.__version__}")
-        matrices = [name for name in parameters if name.startswith("blocks.") and name.endswith(".weight")]
-        optimizers["muon"] = torch.optim.Muon(
-            [parameters.pop(name) for name in matrices],
-            lr=training.muon_learning_rate,
-            weight_decay=training.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-    if parameters:
-        optimizers["adamw"] = torch.optim.AdamW(
-            parameters.values(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=training.weight_decay
-        )
-    return optimizers
 
 
 def train(

@@ -70,6 +70,28 @@ def test_training_helps_is_reproducible_and_normalizes_the_latents() -> None:
     assert error < 0.7 * frames.var()
 
 
+def test_lowpass_latents_are_smoothed_frames_and_only_the_decoder_learns() -> None:
+    config = AutoencoderConfig(kind=AutoencoderKind.LOWPASS, downsample=4, base_channels=8)
+    training = TrainingConfig(autoencoder_steps=150, autoencoder_batch_size=8, autoencoder_learning_rate=1e-2)
+    torch.manual_seed(0)
+    autoencoder = ConvAutoencoder(config, 1, 1)
+    assert not list(autoencoder.encoder.parameters())
+    flat = torch.rand(2, 1, 1, 1).expand(-1, 1, 32, 32)
+    assert torch.allclose(autoencoder.encoder(flat), flat[..., ::4, ::4], atol=1e-6)
+    bump = torch.zeros(1, 1, 32, 32)
+    bump[..., 13, 17] = 1  # between the latent pixels around it, by how near they are
+    seen = autoencoder.encoder(bump)[0, 0]
+    assert torch.allclose(seen.sum(), torch.tensor(1 / 16)) and seen.argmax() == 3 * 8 + 4
+
+    frames = digits(64)
+    train_autoencoder(autoencoder, MovingDigits(SyntheticDataConfig(), VIDEO, seed=0), training)
+    latents = autoencoder.encode(frames)
+    assert latents.shape == (64, 1, 8, 8)
+    assert abs(latents.mean()) < 0.15 and abs(latents.std() - 1) < 0.15
+    enlarged = F.interpolate(autoencoder.encoder(frames), size=(32, 32), mode="bilinear")
+    assert F.mse_loss(autoencoder.decode(latents), frames) < 0.6 * F.mse_loss(enlarged, frames)
+
+
 def test_saved_and_loaded_it_is_the_same_up_to_half_precision(tmp_path: Path) -> None:
     autoencoder, path, frames = random_autoencoder().train(), tmp_path / "autoencoder.safetensors", digits(2)
     autoencoder.encode(frames)  # measures the latents' mean and variance
@@ -97,6 +119,10 @@ def test_weights_that_do_not_fit_are_refused_with_both_shapes(tmp_path: Path) ->
 def test_impossible_configurations_are_refused() -> None:
     with pytest.raises(ValueError, match="downsample: 3 must be even"):
         AutoencoderConfig(kind=AutoencoderKind.CONV, downsample=3)
+    with pytest.raises(ValueError, match="downsample: 5 must be even for the lowpass autoencoder"):
+        AutoencoderConfig(kind=AutoencoderKind.LOWPASS, downsample=5)
+    with pytest.raises(UsageError, match=r"model.in_channels: 4 must be video.channels 1"):
+        load_preset("tiny", ["autoencoder.kind=lowpass"])
     with pytest.raises(ValueError, match="path: the diffusers autoencoder needs"):
         AutoencoderConfig(kind=AutoencoderKind.DIFFUSERS)
 

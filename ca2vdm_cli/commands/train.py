@@ -14,7 +14,7 @@ import torch
 from ..attention import Backend
 from ..autoencoder import Autoencoder, ConvAutoencoder, load_autoencoder, save_autoencoder, train_autoencoder
 from ..checkpoint import load_tensors, load_weights
-from ..config import AutoencoderKind, Crop, Precision, Prediction, Preset, Split, Trainable
+from ..config import Crop, Prediction, Preset, Split, Trainable
 from ..data import Clips, ClipSource, cache_latents, open_clips
 from ..errors import UsageError, UserError
 from ..model import CausalVideoTransformer
@@ -116,7 +116,7 @@ def run(request: Request) -> None:
     accelerator = make_accelerator(request.device, config.training.precision, unused_parameters=unused)
     main, device = accelerator.is_main_process, accelerator.device
     quiet = request.quiet or not main
-    half = config.training.precision is Precision.BFLOAT16
+    half = accelerator.mixed_precision == "bf16"
     backend = choose_backend(request.backend, device, torch.bfloat16 if half else torch.float32)
     source = open_clips(request.data, config, seed, config.clip_frames)
     clips, cache = source, request.cache_latents
@@ -229,7 +229,7 @@ def _settled(loaded: LoadedPreset, request: Request) -> Preset:
         sampling=sampling,
         data=replace(config.data, crop=Crop(request.aspect or config.data.crop)),
         weights=WEIGHTS_FILE,
-        autoencoder_weights=AUTOENCODER_FILE if config.autoencoder.kind is AutoencoderKind.CONV else None,
+        autoencoder_weights=AUTOENCODER_FILE if config.autoencoder.kind.trained_here else None,
     )
 
 
@@ -309,9 +309,9 @@ def _autoencoder(
     *,
     kept: bool,
 ) -> Autoencoder:
-    """The preset's autoencoder, or the one ``kept`` in the run's folder; a conv one without weights is trained first.
+    """The preset's autoencoder, or the one ``kept`` in the run's folder.
 
-    A copy goes beside the weights.
+    One of ours without weights is trained first. A copy goes beside the weights.
     """
     assert config.video is not None
     copy = out / AUTOENCODER_FILE
