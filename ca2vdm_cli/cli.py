@@ -67,7 +67,10 @@ CheckpointOption = Annotated[
 ]
 FramesOption = Annotated[int | None, typer.Option(min=1, help="How many frames; any number. Default: the preset's.")]
 NumVideosOption = Annotated[int, typer.Option(min=1, help="How many different videos; -o gets a number each.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all randomness. Does not depend on length or batch.")]
+LARGEST_SEED = 2**63 - 1
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of all randomness. Does not depend on length or batch.")
+]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk. Default: the preset's.")]
 SamplerOption = Annotated[
     str | None, typer.Option(help="ancestral, ddim, dpm++, or a scheduler class of diffusers. Default: the preset's.")
@@ -219,7 +222,8 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --out.")] = False,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of all randomness. Default: 0, or the resumed run's.")
+        int | None,
+        typer.Option(min=0, max=LARGEST_SEED, help="Seed of all randomness. Default: 0, or the resumed run's."),
     ] = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",

@@ -28,12 +28,37 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         waiting.append(number)
 
-    heard = [number for number in NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, hold) for number in heard}
-    try:
+    with _handled_by(hold):
         yield lambda: bool(waiting)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if waiting:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[Callable[[], bool]]:
+    """Interrupts raise ``KeyboardInterrupt`` as ever, and are noted: a library that calls back may drop what is raised
+    there. Yields a function that tells whether there was one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    with _handled_by(note):
+        yield lambda: bool(noted)
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Interrupts that are not ignored go to ``handler``."""
+    heard = [number for number in NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

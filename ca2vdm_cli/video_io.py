@@ -37,6 +37,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.interrupts import noted_interrupts
 
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]
@@ -267,21 +268,25 @@ def _open_archive(name: str, path: Path) -> VideoReader:
 class _Pipe:
     """A pipe as FFmpeg reads it: what has arrived so far, and no seeking.
 
-    PyAV drops a KeyboardInterrupt that is raised while FFmpeg calls back, so it is kept here and raised by ``check``.
+    PyAV drops what is raised while FFmpeg calls back, so it is kept here and raised by ``check``; a KeyboardInterrupt
+    too, though it may be raised on the way to ``read`` and never get there.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, interrupted: Callable[[], bool]) -> None:
         self._read: Callable[[int], bytes] = getattr(file, "read1", file.read)
         self._error: BaseException | None = None
+        self._interrupted = interrupted
 
     def read(self, size: int) -> bytes:
         try:
-            return b"" if self._error else self._read(size)
+            return b"" if self._error or self._interrupted() else self._read(size)
         except BaseException as error:
             self._error = error
             return b""
 
     def check(self) -> None:
+        if self._interrupted():
+            raise KeyboardInterrupt
         if self._error:
             raise self._error
 
@@ -292,7 +297,7 @@ def _open_video(name: str, path: Path | None) -> VideoReader:
         file: BinaryIO = stack.enter_context(path.open("rb")) if path else sys.stdin.buffer
         # FFmpeg sees bytes without a name and may open nothing else: a playlist inside the file leads nowhere.
         # The methods of a file are C functions, during which no KeyboardInterrupt is raised.
-        pipe = None if file.seekable() else _Pipe(file)
+        pipe = None if file.seekable() else _Pipe(file, stack.enter_context(noted_interrupts()))
         source = pipe or SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
         options = {"protocol_whitelist": "none", "fflags": "+discardcorrupt"}
         try:
@@ -328,6 +333,8 @@ def _decode(
                 for picture in stream.decode(packet):
                     rgb = scaler.reformat(picture, format="rgb24", interpolation=_EXACT_COLOURS).to_ndarray()
                     yield _pixels(np.rot90(rgb, round(picture.rotation / 90)))  # both count counterclockwise
+        if pipe:
+            pipe.check()
 
 
 def _rate(stream: VideoStream) -> Fraction | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import suppress
 
 import pytest
 
-from ca2vdm_cli.interrupts import held_interrupts
+from ca2vdm_cli.interrupts import held_interrupts, noted_interrupts
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -60,6 +61,17 @@ def test_an_error_is_not_hidden_by_an_interrupt() -> None:
 
     with pytest.raises(ZeroDivisionError):
         work()
+
+
+def test_an_interrupt_that_was_dropped_is_still_known() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with noted_interrupts() as interrupted:
+        assert not interrupted()
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("it was not raised")
+        assert interrupted()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_threads_get_no_interrupts() -> None:

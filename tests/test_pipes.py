@@ -108,7 +108,7 @@ def test_interrupting_a_pipe_of_commands(start: Any, generate: list[str], tmp_pa
     extend = start("extend", "-", *generate, "-o", "out.mkv", stdin=sample.stdout)
     sample.stdout.close()
     wait_for(tmp_path / "out.mkv")
-    for child in (extend, sample):
+    for child in (sample, extend):
         child.send_signal(signal.SIGINT)
     assert (sample.wait(PATIENCE), extend.wait(PATIENCE)) == (130, 130)
     assert sample.stderr.read() == b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import signal
@@ -10,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import cv2
@@ -234,6 +237,28 @@ except KeyboardInterrupt:
         time.sleep(0.3)  # until it waits for more
         reader.send_signal(signal.SIGINT)
         assert reader.wait(20) == 130 and reader.stderr.read() == b""
+
+
+def test_ctrl_c_that_a_library_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised on the way into the function that FFmpeg calls, where nothing of ours can catch it."""
+    save(tmp_path / "clip.y4m", make_clip())
+
+    class Dropping(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def read1(self, size: int | None = -1, /) -> bytes:
+            if self.tell():
+                with suppress(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+            return super().read1(min(size or 0, 4000))
+
+    file = Dropping((tmp_path / "clip.y4m").read_bytes())
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=file, isatty=lambda: False))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), open_reader("-") as reader:
+        list(reader)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("seekable", [True, False])
