@@ -138,6 +138,20 @@ def test_a_video_that_breaks_off_is_used_up_to_there(tmp_path: Path, monkeypatch
         source(tmp_path, frames=10).clip(0, 10)
 
 
+def test_what_is_known_of_a_video_changes_no_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The beginning of ``v`` is too short for a clip, but what follows the damage can be read."""
+    for name, first in (("v", 0), ("w", 30)):
+        (tmp_path / name).mkdir()
+        for number, picture in enumerate(pictures(20, first=first)):
+            write_image(tmp_path / name / f"{number}.png", picture)
+    (tmp_path / "v/1.png").write_bytes(b"no image")
+    monkeypatch.setattr(clips, "MEMORY", 0)
+    fresh = [numbers(source(tmp_path).clip(index, 2)) for index in range(80)]
+    known = source(tmp_path)
+    assert [numbers(known.clip(index, 2)) for index in range(80)] == fresh
+    assert "v" in known.skipped and any(first < 20 for first, _ in fresh[40:])
+
+
 # --- UCF-101 ----------------------------------------------------------------------------------------------------------
 
 

@@ -110,18 +110,16 @@ class Clips(ABC):
             # not drawn in turn, so that flipping changes nothing else
             flip = self.data.flip and bool(np.random.default_rng((self.seed, index, 1)).integers(2))
             for _ in range(2):
-                if self._readable.get(video, span) < span:
-                    break
                 found = self._read(video, range(start, start + span, self.data.stride), flip)
                 if len(found) == frames:
                     self._last = (index, self.videos[video].caption)
                     return found, draw
-                failures += 1
                 if video not in self._readable:
                     self._readable[video] = self._find_end(video)
                 if self._readable[video] < span:
                     self._skip(video, f"damaged, {too_short(self._readable[video], span)}")
                     break
+                failures += 1
                 start = int(draw.integers(self._readable[video] - span + 1))
         raise UserError(f"{self.name}: {FAILURES} reads in a row failed; see that nothing changes the files meanwhile")
 
