@@ -352,7 +352,10 @@ WRONG: list[tuple[list[object], str]] = [
     (["sample", "--preset", "W", "--set", "model.depth=x"], "model.depth"),
     (["sample", "--preset", "W", "--set", "model.depth"], "needs a key and a value"),
     (["sample", "--preset", "W", "--steps", 5000], "steps: 5000 must be from 1 to 1000"),
-    (["sample", "--preset", "W", "--seed", 2**63], "--seed': Input should be less than or equal to 9223372036854775807"),
+    (
+        ["sample", "--preset", "W", "--seed", 2**63],
+        "--seed': Input should be less than or equal to 9223372036854775807",
+    ),
     (["sample", "--preset", "W", "--frames", 0], "'--frames'"),
     (["sample", "--preset", "W", "--frames", "many"], "'--frames'"),
     (["sample", "--preset", "W", "--fps", 0], "0.0 is not a frame rate"),
