@@ -373,6 +373,18 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class TextConfig:
+    """The T5 encoder that turns captions and prompts into embeddings (extra ``latent``)."""
+
+    path: str
+    """A local folder or a hub name; its weights are safetensors."""
+    encoder_folder: str = ""
+    """Folder of the encoder in it (``text_encoder`` in a pipeline of diffusers)."""
+    tokenizer_folder: str = ""
+    """Folder of the tokenizer in it (``tokenizer`` in a pipeline of diffusers)."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class SamplingConfig:
     """How the weights are best sampled."""
 
@@ -382,6 +394,8 @@ class SamplingConfig:
     """Denoising steps N of a chunk."""
     frames: Count = 32
     """Frames that ``sample`` and ``extend`` make unless told otherwise."""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """How strongly a prompt is followed (classifier-free guidance); 1 asks the model once a step, not twice."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -479,6 +493,8 @@ class TrainingConfig:
     """Denoising steps of a whole chunk in such a rollout, with the preset's sampler."""
     rollout_strength: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How far the true chunk is noised before it is made again, as a share of the noise range; 1 keeps none of it."""
+    text_dropout: Share = 0.1
+    """Share of the clips whose caption is replaced by the stored unconditional one, as guidance needs (published)."""
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1, noisier timesteps are drawn more often (Esser et al. 2024); 1 draws all alike (published)."""
     variance_weight: Annotated[float, Field(ge=0)] = 1e-3
@@ -529,6 +545,8 @@ class Preset:
     """Pixels; absent for presets that work on latents only."""
     autoencoder: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
     """Between pixels and latents."""
+    text: TextConfig | None = None
+    """The text encoder of a model with text; without it such a model has its stored unconditional caption only."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     """How to sample."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
@@ -587,6 +605,8 @@ class Preset:
                 f"model.in_channels: {self.model.in_channels} must be video.channels {self.video.channels} with the "
                 "lowpass autoencoder"
             )
+        if self.text is not None and not self.model.text_channels:
+            raise ValueError("text: needs a model with text; set model.text_channels and model.text_tokens")
         if self.synthetic_data is not None and self.video is None:
             raise ValueError("synthetic_data: needs a video section")
         if self.diffusion.flow and self.model.learn_variance:

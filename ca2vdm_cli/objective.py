@@ -126,9 +126,10 @@ class Objective(nn.Module):
         keys_values = self.model.text_keys_values(*text) if text is not None else []
 
         def ask(model: CausalVideoTransformer, x: Tensor, timestep: Tensor) -> Tensor:
+            own = keys_values if model is self.model or text is None else model.text_keys_values(*text)
             noisy = x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)  # (B, C, J*l, h, w)
             steps = timestep.view(batch, chunks).to(clip.device)
-            return _by_chunk(model(torch.cat([context, noisy], dim=2), steps, plan, text=keys_values).float(), chunks)
+            return _by_chunk(model(torch.cat([context, noisy], dim=2), steps, plan, text=own).float(), chunks)
 
         out = ask(self.model, x, timestep)
         prediction, variance = out[:, : config.in_channels], out[:, config.in_channels :]

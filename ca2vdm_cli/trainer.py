@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +35,15 @@ from .rollout import own_context
 from .run_folder import STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
 from .runtime import peak_memory
 from .sampler import make_sampler
+from .text_encoder import TextEncoder
 from .training_log import TrainingLog
 from .validation import Validator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CLIP, STEP, ROLLOUT = 1, 2, 3
-"""What random numbers are for: a clip's noise, a step's prefix length, or a clip's rollout."""
+CLIP, STEP, ROLLOUT, TEXT = 1, 2, 3, 4
+"""What random numbers are for: a clip's noise, a step's prefix length, a clip's rollout, or its text dropout."""
 ENCODED_TOGETHER = 64
 """Frames that the autoencoder works on at once."""
 TEMPORAL_LAYERS = ("attn_temp", "attn_temp_pre_merge", "attn_cf")
@@ -66,7 +67,7 @@ class StepReport:
     data_seconds: float
     """Of these, waiting for clips."""
     encode_seconds: float
-    """Of these, turning them into latents."""
+    """Of these, turning them into latents and their captions into embeddings."""
     frames: int
     """Frames that the loss was on."""
     memory_bytes: int
@@ -89,6 +90,7 @@ class Trainer:
         seed: of everything.
         origin: where the clips come from and how they are fitted, remembered for ``--resume``.
         teacher: a trained model to make a few-step student of, see ``distillation``.
+        text_encoder: what captions are encoded by; without it a model with text learns its stored caption only.
 
     Raises:
         UsageError: a batch size that the processes don't divide, or an optimizer that can't be shared among them.
@@ -105,8 +107,10 @@ class Trainer:
         seed: int = 0,
         origin: dict[str, str] | None = None,
         teacher: CausalVideoTransformer | None = None,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         self.preset, self.source, self.autoencoder, self.accelerator = preset, source, autoencoder, accelerator
+        self.text_encoder = text_encoder
         self.device, self.steps, self.seed, self.origin = accelerator.device, steps, seed, origin or {}
         self.step = 0
         training = preset.training
@@ -166,12 +170,11 @@ class Trainer:
             clips, waited = self._next_clips()
             data_seconds += waited
             at = time.perf_counter()
-            latents = self._encode(clips)
+            latents, text = self._encode(clips), self._encode_text(clips.captions, indices)
             encode_seconds += time.perf_counter() - at
             draws = [self.objective.draw(prefix, chunks, self._generator(CLIP, index)) for index in indices]
             last = part == training.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self._forward):
-                text = self.model.unconditional_caption(self.share)
                 context = self._roll_out(latents, prefix, chunks, indices, text)
                 loss, terms = self._forward(latents, prefix, Draw.stack(draws).to(self.device), text, context)
                 self.accelerator.backward(loss / training.accumulation)
@@ -254,6 +257,15 @@ class Trainer:
                 parts = [self.autoencoder.encode(part) for part in frames.flatten(0, 1).split(ENCODED_TOGETHER)]
             frames = torch.cat(parts).unflatten(0, frames.shape[:2])
         return frames.float().transpose(1, 2)
+
+    def _encode_text(self, captions: Sequence[str | None], indices: range) -> tuple[Tensor, Tensor] | None:
+        """Captions as embeddings (B, M, text_channels) and masks (B, M); some are dropped. None without text."""
+        stored = self.model.unconditional_caption(len(captions))
+        if stored is None or self.text_encoder is None:
+            return stored
+        share = self.preset.training.text_dropout
+        dropped = [float(torch.rand((), generator=self._generator(TEXT, index))) < share for index in indices]
+        return self.text_encoder(captions, stored, dropped)
 
     def _roll_out(
         self, latents: Tensor, prefix: int, chunks: int, indices: range, text: tuple[Tensor, Tensor] | None

@@ -18,9 +18,18 @@ CONFIG = {"errors", "config"}
 PRESETS = CONFIG | {"presets"}
 METHOD = CONFIG | {"attention", "frame_plan", "kv_cache", "layers", "model", "diffusion", "sampler", "generation"}
 VIDEO = CONFIG | {"video_io", "data"}
-WEIGHTS = PRESETS | METHOD | {"runtime", "plugins", "autoencoder", "checkpoint"}
+WEIGHTS = PRESETS | METHOD | {"runtime", "plugins", "autoencoder", "checkpoint", "text_encoder"}
 PIPELINE = WEIGHTS | VIDEO | {"pipeline"}
-TRAINING = {"distillation", "objective", "processes", "rollout", "run_folder", "training_log", "validation"}
+TRAINING = {
+    "distillation",
+    "objective",
+    "optimizers",
+    "processes",
+    "rollout",
+    "run_folder",
+    "training_log",
+    "validation",
+}
 COMMANDS = PIPELINE | {
     "__init__",
     "interrupts",
@@ -53,12 +62,14 @@ ALLOWED: dict[str, set[str]] = {
     "objective": CONFIG | {"frame_plan", "model", "diffusion"},
     "sampler": CONFIG | {"diffusion"},
     "distillation": CONFIG | {"diffusion", "model", "objective", "sampler"},
+    "optimizers": CONFIG | {"runtime"},
     "rollout": CONFIG | {"generation", "kv_cache", "model", "sampler"},
     "generation": METHOD - {"generation"} | {"runtime"},
     "video_io": CONFIG,
     "data": VIDEO - {"data"},
     "autoencoder": VIDEO,
-    "checkpoint": WEIGHTS - {"checkpoint", "plugins", "sampler"},
+    "text_encoder": CONFIG,
+    "checkpoint": WEIGHTS - {"checkpoint", "plugins", "sampler", "text_encoder"},
     "recorded": METHOD | {"checkpoint"},
     "pipeline": WEIGHTS | VIDEO,
     "processes": CONFIG | {"runtime"},
