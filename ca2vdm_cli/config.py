@@ -96,6 +96,8 @@ class Trainable(str, Enum):
     """All of them."""
     TEMPORAL = "temporal"
     """Those that video adds to an image model: temporal and prefix-enhanced attention."""
+    LORA = "lora"
+    """Low-rank adapters on the blocks' matrices (Hu et al. 2021), which are merged into the weights that are saved."""
 
 
 class Precision(str, Enum):
@@ -456,6 +458,10 @@ class TrainingConfig:
     """Keep the blocks' inputs only and compute the rest again for the gradient: less memory, a third more time."""
     trainable: Trainable = Trainable.ALL
     """Which weights training changes."""
+    lora_rank: Count = 16
+    """lora: rank of the adapters."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    """lora: an adapter's product is multiplied by this over its rank."""
     optimizer: Optimizer = Optimizer.ADAMW
     """What turns gradients into steps."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
@@ -629,6 +635,14 @@ class Preset:
                     f"training.prefix_lengths: {prefix} must be at most model.context_frames = "
                     f"{self.model.context_frames}"
                 )
+        if self.training.trainable is Trainable.LORA:
+            if self.training.lora_rank > self.model.hidden_size:
+                raise ValueError(
+                    f"training.lora_rank: {self.training.lora_rank} must be at most model.hidden_size "
+                    f"{self.model.hidden_size}"
+                )
+            if self.training.optimizer is Optimizer.MUON:
+                raise ValueError("training.optimizer: muon does not go with training.trainable lora; it takes adamw")
         if self.training.rollout_share and not self.training.parallel_chunks:
             raise ValueError(f"training.rollout_share: {self.training.rollout_share} needs training.parallel_chunks")
         if self.distillation.teacher_steps > self.diffusion.train_timesteps:

@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import Backend
 from .autoencoder import Autoencoder
 from .checkpoint import load_weights
-from .config import Preset, Schedule, Trainable
+from .config import Preset, Schedule, Trainable, TrainingConfig
 from .data import Batch, ClipLoader, ClipSource, LatentClips
 from .diffusion import NoiseProcess
 from .distillation import Distillation
 from .errors import UsageError, UserError
 from .interrupts import held_interrupts
+from .lora import add_adapters, merged, split
 from .model import CausalVideoTransformer
 from .objective import Draw, Objective
 from .optimizers import make_optimizers
@@ -126,7 +127,7 @@ class Trainer:
         torch.manual_seed(seed)
         self.model = CausalVideoTransformer(preset.model, backend).to(self.device).train()
         self.model.gradient_checkpointing = training.gradient_checkpointing
-        choose_trainable(self.model, training.trainable)
+        choose_trainable(self.model, training)
         process = NoiseProcess(preset.diffusion)
         self.objective = Objective(self.model, process, training)
         if teacher is not None:
@@ -148,7 +149,7 @@ class Trainer:
 
     def start_from(self, weights: dict[str, Tensor], source: str) -> None:
         """Begin at given weights instead of random ones (fine-tuning)."""
-        self._load(weights, source)
+        self._load(split(self.model, weights), source)
         self._begin_average()
 
     def train_step(self) -> StepReport:
@@ -297,13 +298,13 @@ class Trainer:
         return 1.0
 
     def _begin_average(self) -> None:
-        self.average = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+        self.average = {key: value.detach().clone() for key, value in merged(self.model).items()}
 
     @torch.no_grad()
     def _update_average(self) -> None:
         """Exponential moving average in float32, shorter at first so that it forgets the random start."""
         decay = min(self.preset.training.ema_decay, (1 + self.step) / (10 + self.step))
-        own = self.model.state_dict()
+        own = merged(self.model)
         for kind in {type(value) for value in self.average.values()}:  # FSDP shares parameters, but not buffers
             keys = [k for k, v in self.average.items() if type(v) is kind and v.is_floating_point()]
             if keys:
@@ -381,9 +382,12 @@ def check_sharing(preset: Preset, accelerator: Accelerator) -> None:
         raise UsageError("FSDP: it does not go with training.rollout_share, nor with text; use DDP for these")
 
 
-def choose_trainable(model: nn.Module, trainable: Trainable) -> None:
-    """Freeze what is not to be trained."""
-    if trainable is Trainable.TEMPORAL:
+def choose_trainable(model: CausalVideoTransformer, training: TrainingConfig) -> None:
+    """Freeze what is not to be trained, and add what is to be trained instead."""
+    if training.trainable is Trainable.LORA:
+        model.requires_grad_(False)
+        add_adapters(model.blocks, training.lora_rank, training.lora_alpha)
+    elif training.trainable is Trainable.TEMPORAL:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(layer in name.split(".") for layer in TEMPORAL_LAYERS))
 

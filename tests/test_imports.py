@@ -22,6 +22,7 @@ WEIGHTS = PRESETS | METHOD | {"runtime", "plugins", "autoencoder", "checkpoint",
 PIPELINE = WEIGHTS | VIDEO | {"pipeline"}
 TRAINING = {
     "distillation",
+    "lora",
     "objective",
     "optimizers",
     "processes",
@@ -62,6 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "objective": CONFIG | {"frame_plan", "model", "diffusion"},
     "sampler": CONFIG | {"diffusion"},
     "distillation": CONFIG | {"diffusion", "model", "objective", "sampler"},
+    "lora": set(),
     "optimizers": CONFIG | {"runtime"},
     "rollout": CONFIG | {"generation", "kv_cache", "model", "sampler"},
     "generation": METHOD - {"generation"} | {"runtime"},

@@ -316,7 +316,8 @@ def test_a_video_is_extended_by_a_prompt(trained: Path, tmp_path: Path) -> None:
         assert main([*command, "--prompt", prompt, "--num-videos", "1", "--only-new", "-o", str(out)]) == 0
         with open_reader(out) as reader:
             videos.append(np.stack(list(reader)))
-    assert len(videos[0]) == 6 and not np.array_equal(*videos)
+    black, white = videos
+    assert len(black) == 6 and not np.array_equal(black, white)
 
 
 def test_cached_and_recomputed_context_agree_on_a_prompt(trained: Path, tmp_path: Path) -> None:

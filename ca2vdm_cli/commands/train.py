@@ -220,7 +220,8 @@ def _settled(loaded: LoadedPreset, request: Request) -> Preset:
     if config.video is None:
         raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
     if config.training.trainable is not Trainable.ALL and not begins:
-        raise UsageError("training.trainable: temporal needs weights to begin from; name them with --checkpoint")
+        kind = config.training.trainable.value
+        raise UsageError(f"training.trainable: {kind} needs weights to begin from; name them with --checkpoint")
     sampling = config.sampling
     if request.distill is not None:
         if config.diffusion.prediction is Prediction.EPSILON:
