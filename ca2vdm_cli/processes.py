@@ -1,6 +1,6 @@
 """The processes of a run, through accelerate: one on a laptop, or many that ``accelerate launch`` has started.
 
-Only CPU processes (gloo) were ever run by the authors, with DDP and once with FSDP2; GPUs never.
+Only CPU processes (gloo) were ever run by the authors, with DDP, FSDP2 and DeepSpeed; GPUs never.
 """
 
 from __future__ import annotations
@@ -56,13 +56,17 @@ def make_accelerator(device: str, precision: Precision, *, unused_parameters: bo
         raise UsageError(
             f"--device {device}: training takes the first GPU that it sees; choose it by CUDA_VISIBLE_DEVICES"
         )
+    shared = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    group = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while the first encodes or validates
+    if shared and where.type == "cpu":
+        group.backend = "gloo"  # accelerate knows DeepSpeed on GPUs only, and would make every process the only one
     half = native_bfloat16(where) if precision is Precision.AUTO else precision is Precision.BFLOAT16
     accelerator = Accelerator(
-        cpu=where.type == "cpu",
+        cpu=where.type == "cpu" and not shared,
         mixed_precision="bf16" if half else "no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
-            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while the first encodes or validates
+            group,
         ],
     )
     accelerator.gradient_accumulation_steps = 1  # the trainer's own; the launcher's setting would scale the loss again

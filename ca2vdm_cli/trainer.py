@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import zero
 from .attention import Backend
 from .autoencoder import Autoencoder
 from .checkpoint import load_weights
@@ -132,6 +134,8 @@ class Trainer:
         self.objective = Objective(self.model, process, training)
         if teacher is not None:
             self.objective = Distillation(self.model, process, training, teacher, preset.distillation)
+        if zero.in_use(accelerator):
+            zero.configure(accelerator, training, self.share)
         optimizers = make_optimizers(self.model, training)
         self._peaks = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
         self._forward, *prepared = accelerator.prepare(self.objective, *optimizers.values())
@@ -175,6 +179,8 @@ class Trainer:
             encode_seconds += time.perf_counter() - at
             draws = [self.objective.draw(prefix, chunks, self._generator(CLIP, index)) for index in indices]
             last = part == training.accumulation - 1
+            if zero.in_use(self.accelerator):  # whose step is part of its last backward
+                self.accelerator.sync_gradients = last
             with nullcontext() if last else self.accelerator.no_sync(self._forward):
                 context = self._roll_out(latents, prefix, chunks, indices, text)
                 loss, terms = self._forward(latents, prefix, Draw.stack(draws).to(self.device), text, context)
@@ -346,8 +352,12 @@ class Trainer:
         self.average = {key: like(average[key], own) for key, own in self.average.items()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for part, moments in parts.items():
-            state = self.optimizers[part].state
-            parameters = {names[p]: p for group in self.optimizers[part].param_groups for p in group["params"]}
+            state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+            optimizer = self.optimizers[part]
+            learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            if zero.in_use(self.accelerator):
+                learned = zero.parameters(optimizer)
+            parameters = {names[parameter]: parameter for parameter in learned}
             for key, value in moments.items():
                 name, _, moment = key.rpartition(".")
                 if name not in parameters:
@@ -355,30 +365,35 @@ class Trainer:
                 parameter = parameters[name]
                 fits = value.shape == parameter.shape
                 state[parameter][moment] = like(value, parameter.detach()) if fits else value
+            if zero.in_use(self.accelerator):
+                zero.set_state(optimizer, state)
+            else:
+                optimizer.state.update(state)
         self.step = checkpoint.step
 
     def _moments(self) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
         """Each optimizer's moments of each parameter, by the names of both."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, inner in self.optimizers.items():
-            for parameter, moments in inner.state.items():
+            state = zero.whole_state(inner) if zero.in_use(self.accelerator) else inner.state
+            for parameter, moments in state.items():
                 yield optimizer, names[parameter], moments
 
     def _load(self, weights: dict[str, Tensor], source: str) -> None:
         own = self.model.state_dict()
         load_weights(self.model, {k: like(v, own[k]) if k in own else v for k, v in weights.items()}, source)
+        if zero.in_use(self.accelerator):
+            for optimizer in self.optimizers.values():
+                zero.refresh(optimizer)
 
 
 def check_sharing(preset: Preset, accelerator: Accelerator) -> None:
     """Refuse what several devices can't share.
 
     Raises:
-        UsageError: DeepSpeed; or with FSDP what needs the blocks' weights outside of a forward.
+        UsageError: with FSDP what needs the blocks' weights outside of a forward.
     """
-    kind = accelerator.distributed_type.value
-    if kind == "DEEPSPEED":
-        raise UsageError("DeepSpeed: its ZeRO stages are not supported; FSDP2 shares optimizer state too")
-    if kind == "FSDP" and (preset.training.rollout_share or preset.model.text_channels):
+    if accelerator.distributed_type.value == "FSDP" and (preset.training.rollout_share or preset.model.text_channels):
         raise UsageError("FSDP: it does not go with training.rollout_share, nor with text; use DDP for these")
 
 

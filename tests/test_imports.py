@@ -23,6 +23,7 @@ PIPELINE = WEIGHTS | VIDEO | {"pipeline"}
 TRAINING = {
     "distillation",
     "lora",
+    "zero",
     "objective",
     "optimizers",
     "processes",
@@ -64,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampler": CONFIG | {"diffusion"},
     "distillation": CONFIG | {"diffusion", "model", "objective", "sampler"},
     "lora": set(),
+    "zero": CONFIG,
     "optimizers": CONFIG | {"runtime"},
     "rollout": CONFIG | {"generation", "kv_cache", "model", "sampler"},
     "generation": METHOD - {"generation"} | {"runtime"},

@@ -6,13 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ca2vdm_cli import zero
 from ca2vdm_cli.checkpoint import load_tensors
+from ca2vdm_cli.config import Optimizer, TrainingConfig
+from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
 
 KILLED = -9
@@ -61,8 +67,9 @@ def run(*arguments: str, kill: int = 0, processes: int = 1) -> int:
     return launch(*arguments, kill=kill, processes=processes).returncode
 
 
-def launch(*arguments: str, kill: int = 0, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+def launch(*arguments: str, kill: int = 0, processes: int = 1, **options: str) -> subprocess.CompletedProcess[str]:
+    """The same with its output, and with more in the environment."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **options}
     command = [sys.executable, "-c", DRIVER, str(kill)]
     if processes > 1:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -117,3 +124,54 @@ def test_two_processes_train_as_one_does(tmp_path: Path, autoencoder: list[str])
     for k in range(3):
         ours, theirs = (np.load(tmp_path / name / f"video-{k:02d}.npz")["frames"] for name in ("shared", "alone"))
         assert np.abs(ours.astype(int) - theirs).max() <= 1  # beside others in a batch, sums may round differently
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: list[str]) -> None:
+    """Its run has the losses of one process, goes on to the bit, and either goes on from what the other has saved."""
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}))
+    options = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
+    options |= {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
+    lengths = ["training.prefix_lengths=[0, 9]", "training.prefix_weights=[0, 1]", "training.accumulation=2"]
+    settings = [*TRAIN, *SETTINGS, *autoencoder, *(part for length in lengths for part in ("--set", length))]
+    resume = ["train", "--resume", "--backend", "eager", "--device", "cpu", "--quiet", "--steps", "4"]
+
+    def train(name: str, *arguments: str, by_deepspeed: bool) -> None:
+        if by_deepspeed:
+            launch(*arguments, "--out", str(tmp_path / name), processes=2, **options)
+        else:
+            assert run(*arguments, "--out", str(tmp_path / name)) == 0
+
+    train("one", *settings, "--steps", "4", by_deepspeed=False)
+    train("whole", *settings, "--steps", "4", by_deepspeed=True)
+    for name, first, then in (("parts", True, True), ("from", True, False), ("to", False, True)):
+        train(name, *settings, "--steps", "2", by_deepspeed=first)
+        train(name, *resume, by_deepspeed=then)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for file in (WEIGHTS_FILE, STATE_FILE):
+        found = {
+            name: load_tensors(tmp_path / name / "checkpoints" / "step-00000004" / file)[0]
+            for name in ("one", "whole", "parts", "from", "to")
+        }
+        assert all(torch.equal(value, found["whole"][key]) for key, value in found["parts"].items())
+        for tensors in found.values():
+            assert tensors.keys() == found["one"].keys()
+            assert all(torch.allclose(value, found["one"][key], atol=1e-5) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "DeepSpeed: stage 3 of ZeRO is not supported"),
+        ({"zero_optimization": {}}, "DeepSpeed: stage None of ZeRO is not supported"),
+        ({"optimizer": {"type": "Adam"}}, "DeepSpeed: the optimizer is that of the preset"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "DeepSpeed: offload_optimizer"),
+        ({}, "DeepSpeed: it does not go with muon; training.optimizer=adamw"),
+    ],
+)
+def test_what_deepspeed_can_not_do(settings: dict[str, Any], expected: str) -> None:
+    optimizer = Optimizer.ADAMW if settings else Optimizer.MUON
+    settings = {"zero_optimization": {"stage": 2}, **settings}
+    accelerator: Any = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
+    with pytest.raises(UsageError, match=expected):
+        zero.configure(accelerator, TrainingConfig(optimizer=optimizer), share=1)
