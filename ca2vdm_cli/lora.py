@@ -51,7 +51,9 @@ def merged(model: nn.Module) -> dict[str, Tensor]:
             found[key] = value
         elif part == _OWN:
             with torch.no_grad():
-                found[f"{name}.weight"] = model.get_submodule(name).weight
+                layer = model.get_submodule(name)
+                assert isinstance(layer.weight, Tensor)
+                found[f"{name}.weight"] = layer.weight
     return found
 
 

@@ -56,9 +56,16 @@ class Objective(nn.Module):
         training: timestep shift and the variance term's weight.
     """
 
+    _no_split_modules = ("Block",)
+    """What FSDP gathers at once, as accelerate reads it."""
+
     def __init__(self, model: CausalVideoTransformer, process: NoiseProcess, training: TrainingConfig) -> None:
         super().__init__()
         self.model, self.process, self.training_config = model, process, training
+
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """Call a function that asks the network outside of ``forward``; FSDP gathers weights for this and that only."""
+        return function()
 
     def clean_frames(self, prefix: int, chunks: int) -> int:
         """Frames that are fed clean: all but the last chunk's."""

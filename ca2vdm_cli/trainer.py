@@ -33,7 +33,7 @@ from .model import CausalVideoTransformer
 from .objective import Draw, Objective
 from .optimizers import make_optimizers
 from .presets import PRESET_FILE, dump_preset
-from .processes import any_process, like, whole
+from .processes import any_process, gather_for, like, whole
 from .rollout import own_context
 from .run_folder import STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
 from .runtime import peak_memory
@@ -123,7 +123,7 @@ class Trainer:
                 f"training.batch_size: {training.batch_size} must be a multiple of {shares}, the processes "
                 f"({accelerator.num_processes}) times training.accumulation ({training.accumulation})"
             )
-        check_sharing(preset, accelerator)
+        check_sharing(accelerator)
         self.share = training.batch_size // shares
         """Clips of one forward of one process."""
         torch.manual_seed(seed)
@@ -139,6 +139,10 @@ class Trainer:
         optimizers = make_optimizers(self.model, training)
         self._peaks = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
         self._forward, *prepared = accelerator.prepare(self.objective, *optimizers.values())
+        if accelerator.distributed_type.value == "FSDP":
+            gather_for(self.objective, "run")
+            for block in self.model.blocks:
+                gather_for(block, "text_keys_values")
         self.optimizers: dict[str, torch.optim.Optimizer] = dict(zip(optimizers, prepared, strict=True))
         self.average: dict[str, Tensor] = {}
         self._loader: ClipLoader | None = None
@@ -183,7 +187,8 @@ class Trainer:
                 self.accelerator.sync_gradients = last
             with nullcontext() if last else self.accelerator.no_sync(self._forward):
                 context = self._roll_out(latents, prefix, chunks, indices, text)
-                loss, terms = self._forward(latents, prefix, Draw.stack(draws).to(self.device), text, context)
+                with self.accelerator.autocast():  # accelerate's own wrapping leaves FSDP2 out
+                    loss, terms = self._forward(latents, prefix, Draw.stack(draws).to(self.device), text, context)
                 self.accelerator.backward(loss / training.accumulation)
             losses.append(loss.detach())
             parts.append(terms)
@@ -286,7 +291,9 @@ class Trainer:
         generators = [self._generator(ROLLOUT, 2**32 + index) for index in indices]
         with self.accelerator.autocast():
             strength = training.rollout_strength
-            return own_context(self.model, sampler, latents, prefix, chunks, strength, generators, text)
+            return self.objective.run(
+                lambda: own_context(self.model, sampler, latents, prefix, chunks, strength, generators, text)
+            )
 
     def _mean(self, values: Tensor) -> float:
         """Over all processes."""
@@ -387,14 +394,18 @@ class Trainer:
                 zero.refresh(optimizer)
 
 
-def check_sharing(preset: Preset, accelerator: Accelerator) -> None:
-    """Refuse what several devices can't share.
+def check_sharing(accelerator: Accelerator) -> None:
+    """Refuse ways of sharing weights that don't fit the model.
 
     Raises:
-        UsageError: with FSDP what needs the blocks' weights outside of a forward.
+        UsageError: FSDP of the first version, or with units that are smaller than a block.
     """
-    if accelerator.distributed_type.value == "FSDP" and (preset.training.rollout_share or preset.model.text_channels):
-        raise UsageError("FSDP: it does not go with training.rollout_share, nor with text; use DDP for these")
+    if accelerator.distributed_type.value != "FSDP":
+        return
+    if not accelerator.is_fsdp2:
+        raise UsageError("FSDP: its first version is not supported; accelerate launch --fsdp_version 2")
+    if accelerator.state.fsdp_plugin.min_num_params:
+        raise UsageError("FSDP: a block must stay whole; --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP or NO_WRAP")
 
 
 def choose_trainable(model: CausalVideoTransformer, training: TrainingConfig) -> None:

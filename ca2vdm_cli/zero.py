@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import Optimizer, TrainingConfig
 from .errors import UsageError
+from .processes import computes_half
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,7 +56,7 @@ def configure(accelerator: Accelerator, training: TrainingConfig, share: int) ->
         gradient_clipping=training.gradient_clip,
         fp16={"enabled": False},
         bf16={"enabled": False},  # which would round the weights themselves
-        torch_autocast={"enabled": accelerator.mixed_precision == "bf16", "dtype": "bfloat16"},
+        torch_autocast={"enabled": computes_half(training.precision, accelerator.device), "dtype": "bfloat16"},
     )
 
 

@@ -65,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampler": CONFIG | {"diffusion"},
     "distillation": CONFIG | {"diffusion", "model", "objective", "sampler"},
     "lora": set(),
-    "zero": CONFIG,
+    "zero": CONFIG | {"processes"},
     "optimizers": CONFIG | {"runtime"},
     "rollout": CONFIG | {"generation", "kv_cache", "model", "sampler"},
     "generation": METHOD - {"generation"} | {"runtime"},

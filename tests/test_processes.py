@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +52,26 @@ pathlib.Path.rename = fatal(pathlib.Path.rename)
 pathlib.Path.replace = fatal(pathlib.Path.replace)
 sys.exit(main())
 """
+# FSDP between processes on CPUs, which accelerate does on GPUs only.
+FSDP_DRIVER = """
+import sys
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from ca2vdm_cli.__main__ import main
+
+begin = PartialState.__init__
+
+def begin_as_on_gpus(self, *arguments, **options):
+    begin(self, *arguments, **options)
+    if self.distributed_type is DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+PartialState.__init__ = begin_as_on_gpus
+if __name__ == "__main__":
+    code = main()
+    assert AcceleratorState().distributed_type is DistributedType.FSDP
+    sys.exit(code)
+"""
 TRAIN = ["train", "--preset", "tiny", "--backend", "eager", "--device", "cpu", "--quiet"]
 SETTINGS = ["--set", "training.batch_size=4", "--set", "training.checkpoint_every=1"]
 
@@ -67,13 +89,19 @@ def run(*arguments: str, kill: int = 0, processes: int = 1) -> int:
     return launch(*arguments, kill=kill, processes=processes).returncode
 
 
-def launch(*arguments: str, kill: int = 0, processes: int = 1, **options: str) -> subprocess.CompletedProcess[str]:
-    """The same with its output, and with more in the environment."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **options}
+def launch(
+    *arguments: str,
+    kill: int = 0,
+    processes: int = 1,
+    options: dict[str, str] | None = None,
+    program: Sequence[str] = ("-m", "ca2vdm_cli"),
+) -> subprocess.CompletedProcess[str]:
+    """The same with its output, with more in the environment, or as another program."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(options or {})}
     command = [sys.executable, "-c", DRIVER, str(kill)]
     if processes > 1:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, "-m", *torchrun, "-m", "ca2vdm_cli"]
+        command = [sys.executable, "-m", *torchrun, *program]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode in (0, KILLED), done.stderr
     return done
@@ -126,6 +154,36 @@ def test_two_processes_train_as_one_does(tmp_path: Path, autoencoder: list[str])
         assert np.abs(ours.astype(int) - theirs).max() <= 1  # beside others in a batch, sums may round differently
 
 
+def test_two_processes_share_weights_by_fsdp(tmp_path: Path, autoencoder: list[str]) -> None:
+    """Text and rollouts included, which need weights outside of a forward, from where one process has left off."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(FSDP_DRIVER)
+    options = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    settings = ["model.text_channels=16", "model.text_tokens=6", "training.parallel_chunks=true"]
+    settings += ["training.prefix_lengths=[0]", "training.rollout_share=0.7", "training.rollout_steps=2"]
+    settings += ["training.learning_rate=3e-3"]  # so that branches that are zero at first soon are not
+    command = [*TRAIN, *SETTINGS, *autoencoder, *(part for setting in settings for part in ("--set", setting))]
+    keep = ["--set", "training.keep_checkpoints=4"]
+    assert run(*command, *keep, "--steps", "4", "--out", str(tmp_path / "one")) == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "two" / "checkpoints" / f"step-{step:08d}")
+    resume = ["train", "--resume", "--backend", "eager", "--device", "cpu", "--quiet", "--steps", "4"]
+    launch(*resume, "--out", str(tmp_path / "two"), processes=2, options=options, program=[str(driver)])
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for file in (WEIGHTS_FILE, STATE_FILE):
+        ours, theirs = (
+            load_tensors(tmp_path / name / "checkpoints" / "step-00000004" / file)[0] for name in ("two", "one")
+        )
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            apart = (ours[key] - value).abs()
+            if key.endswith("exp_avg"):
+                assert float(apart.max()) <= 1e-3 * float(value.abs().max()), key
+            else:  # AdamW's steps magnify what little there is between the smallest gradients
+                assert float(apart.mean()) <= 1e-5, key
+
+
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: list[str]) -> None:
     """Its run has the losses of one process, goes on to the bit, and either goes on from what the other has saved."""
@@ -138,7 +196,7 @@ def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: l
 
     def train(name: str, *arguments: str, by_deepspeed: bool) -> None:
         if by_deepspeed:
-            launch(*arguments, "--out", str(tmp_path / name), processes=2, **options)
+            launch(*arguments, "--out", str(tmp_path / name), processes=2, options=options)
         else:
             assert run(*arguments, "--out", str(tmp_path / name)) == 0
 

@@ -205,7 +205,7 @@ def test_adapters_alone_are_trained_and_merged_into_what_is_saved(
     for each in (model, trainer.model):
         plan = each.context_plan(4, 9, FrameClock(trainer.preset.model))
         outs.append(each.eval()(latents, timestep, plan))
-    assert torch.allclose(*outs, atol=1e-5)
+    assert torch.allclose(outs[0], outs[1], atol=1e-5)
 
 
 def test_adapters_learn(run: Runs, base: dict[str, Tensor]) -> None:

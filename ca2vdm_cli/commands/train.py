@@ -21,7 +21,7 @@ from ..model import CausalVideoTransformer
 from ..pipeline import find_weights
 from ..plugins import choose_backend
 from ..presets import LoadedPreset
-from ..processes import make_accelerator
+from ..processes import computes_half, make_accelerator
 from ..run_folder import AUTOENCODER_FILE, CHECKPOINTS, WEIGHTS_FILE, Checkpoint, RunFolder
 from ..terminal import ProgressBar, duration, note, print_json, size
 from ..text_encoder import TextEncoder
@@ -117,7 +117,7 @@ def run(request: Request) -> None:
     accelerator = make_accelerator(request.device, config.training.precision, unused_parameters=unused)
     main, device = accelerator.is_main_process, accelerator.device
     quiet = request.quiet or not main
-    half = accelerator.mixed_precision == "bf16"
+    half = computes_half(config.training.precision, device)
     backend = choose_backend(request.backend, device, torch.bfloat16 if half else torch.float32)
     source = open_clips(request.data, config, seed, config.clip_frames)
     clips, cache = source, request.cache_latents
