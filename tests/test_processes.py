@@ -22,6 +22,7 @@ from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.config import Optimizer, TrainingConfig
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
+from ca2vdm_cli.trainer import check_sharing
 
 KILLED = -9
 # Kills the process, as ``kill -9`` does, at the n-th thing that saving does to the disk; files are left half written.
@@ -233,3 +234,17 @@ def test_what_deepspeed_can_not_do(settings: dict[str, Any], expected: str) -> N
     accelerator: Any = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
     with pytest.raises(UsageError, match=expected):
         zero.configure(accelerator, TrainingConfig(optimizer=optimizer), share=1)
+
+
+@pytest.mark.parametrize(
+    ("version", "units", "expected"),
+    [(1, None, "FSDP: its first version is not supported"), (2, 100, "FSDP: a block must stay whole")],
+)
+def test_what_fsdp_can_not_do(version: int, units: int | None, expected: str) -> None:
+    accelerator: Any = SimpleNamespace(
+        distributed_type=SimpleNamespace(value="FSDP"),
+        is_fsdp2=version == 2,
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(min_num_params=units)),
+    )
+    with pytest.raises(UsageError, match=expected):
+        check_sharing(accelerator)
