@@ -80,6 +80,12 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[DtypeName, typer.Option(help="auto is bfloat16 where the processor computes in it natively.")]
 StrategyOption = Annotated[StrategyName, typer.Option(help="How finished frames reach the network.")]
 ContextOption = Annotated[int | None, typer.Option(min=1, help="Window in frames. Default: the preset's.")]
+PromptOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What to show, for presets with a text encoder.")
+]
+GuidanceOption = Annotated[
+    float | None, typer.Option(min=0, help="How strongly to follow the prompt. Default: the preset's.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. model.sink_frames=2. Repeatable."),
@@ -136,6 +142,8 @@ def sample(
     dtype: DtypeOption = DtypeName.auto,
     strategy: StrategyOption = StrategyName.cached,
     context_frames: ContextOption = None,
+    prompt: PromptOption = None,
+    guidance: GuidanceOption = None,
     set_: SetOption = None,
     output: OutputOption = None,
     format: FormatOption = None,
@@ -176,6 +184,8 @@ def extend(
     dtype: DtypeOption = DtypeName.auto,
     strategy: StrategyOption = StrategyName.cached,
     context_frames: ContextOption = None,
+    prompt: PromptOption = None,
+    guidance: GuidanceOption = None,
     set_: SetOption = None,
     output: OutputOption = None,
     format: FormatOption = None,
@@ -394,8 +404,8 @@ def presets_show(
 
 def _request(values: dict[str, Any]) -> dict[str, Any]:
     """The flags that ``sample`` and ``extend`` share, under the names of ``Request``."""
-    shared = """preset checkpoint frames num_videos seed steps sampler backend device context_frames output format fps
-        quiet overwrite"""
+    shared = """preset checkpoint frames num_videos seed steps sampler backend device context_frames prompt guidance
+        output format fps quiet overwrite"""
     request = {name: values[name] for name in shared.split()}
     enums = {name: values[name].value for name in ("dtype", "strategy")}
     return request | enums | {"overrides": values["set_"] or [], "as_json": values["json"]}

@@ -96,6 +96,8 @@ class Trainable(str, Enum):
     """All of them."""
     TEMPORAL = "temporal"
     """Those that video adds to an image model: temporal and prefix-enhanced attention."""
+    LORA = "lora"
+    """Low-rank adapters on the blocks' matrices (Hu et al. 2021), which are merged into the weights that are saved."""
 
 
 class Precision(str, Enum):
@@ -373,6 +375,18 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class TextConfig:
+    """The T5 encoder that turns captions and prompts into embeddings (extra ``latent``)."""
+
+    path: str
+    """A local folder or a hub name; its weights are safetensors."""
+    encoder_folder: str = ""
+    """Folder of the encoder in it (``text_encoder`` in a pipeline of diffusers)."""
+    tokenizer_folder: str = ""
+    """Folder of the tokenizer in it (``tokenizer`` in a pipeline of diffusers)."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class SamplingConfig:
     """How the weights are best sampled."""
 
@@ -382,6 +396,8 @@ class SamplingConfig:
     """Denoising steps N of a chunk."""
     frames: Count = 32
     """Frames that ``sample`` and ``extend`` make unless told otherwise."""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """How strongly a prompt is followed (classifier-free guidance); 1 asks the model once a step, not twice."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -442,6 +458,10 @@ class TrainingConfig:
     """Keep the blocks' inputs only and compute the rest again for the gradient: less memory, a third more time."""
     trainable: Trainable = Trainable.ALL
     """Which weights training changes."""
+    lora_rank: Count = 16
+    """lora: rank of the adapters."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    """lora: an adapter's product is multiplied by this over its rank."""
     optimizer: Optimizer = Optimizer.ADAMW
     """What turns gradients into steps."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
@@ -479,6 +499,8 @@ class TrainingConfig:
     """Denoising steps of a whole chunk in such a rollout, with the preset's sampler."""
     rollout_strength: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How far the true chunk is noised before it is made again, as a share of the noise range; 1 keeps none of it."""
+    text_dropout: Share = 0.1
+    """Share of the clips whose caption is replaced by the stored unconditional one, as guidance needs (published)."""
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1, noisier timesteps are drawn more often (Esser et al. 2024); 1 draws all alike (published)."""
     variance_weight: Annotated[float, Field(ge=0)] = 1e-3
@@ -529,6 +551,8 @@ class Preset:
     """Pixels; absent for presets that work on latents only."""
     autoencoder: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
     """Between pixels and latents."""
+    text: TextConfig | None = None
+    """The text encoder of a model with text; without it such a model has its stored unconditional caption only."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     """How to sample."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
@@ -587,6 +611,8 @@ class Preset:
                 f"model.in_channels: {self.model.in_channels} must be video.channels {self.video.channels} with the "
                 "lowpass autoencoder"
             )
+        if self.text is not None and not self.model.text_channels:
+            raise ValueError("text: needs a model with text; set model.text_channels and model.text_tokens")
         if self.synthetic_data is not None and self.video is None:
             raise ValueError("synthetic_data: needs a video section")
         if self.diffusion.flow and self.model.learn_variance:
@@ -609,6 +635,14 @@ class Preset:
                     f"training.prefix_lengths: {prefix} must be at most model.context_frames = "
                     f"{self.model.context_frames}"
                 )
+        if self.training.trainable is Trainable.LORA:
+            if self.training.lora_rank > self.model.hidden_size:
+                raise ValueError(
+                    f"training.lora_rank: {self.training.lora_rank} must be at most model.hidden_size "
+                    f"{self.model.hidden_size}"
+                )
+            if self.training.optimizer is Optimizer.MUON:
+                raise ValueError("training.optimizer: muon does not go with training.trainable lora; it takes adamw")
         if self.training.rollout_share and not self.training.parallel_chunks:
             raise ValueError(f"training.rollout_share: {self.training.rollout_share} needs training.parallel_chunks")
         if self.distillation.teacher_steps > self.diffusion.train_timesteps:

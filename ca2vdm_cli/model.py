@@ -155,8 +155,7 @@ class CausalVideoTransformer(nn.Module):
             return []
         caption = self.y_embedder(embedding.to(self.device, self.dtype))
         mask = mask.to(self.device).bool()
-        attentions = [block.cross_attn for block in self._blocks if block.cross_attn is not None]
-        return [attention.keys_values(caption, mask) for attention in attentions]
+        return [block.text_keys_values(caption, mask) for block in self._blocks]
 
     def unconditional_caption(self, batch: int) -> tuple[Tensor, Tensor] | None:
         """The stored caption (B, M, text_channels) that stands for none, and its mask (B, M); None without text."""
@@ -253,6 +252,11 @@ class Block(nn.Module):
         if self.cross_attn is not None and text is not None:
             x = x + self.cross_attn(x, text)
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
+
+    def text_keys_values(self, caption: Tensor, mask: Tensor) -> TextKeysValues:
+        """This block's of a projected caption (B, M, D) and its mask (B, M)."""
+        assert self.cross_attn is not None
+        return self.cross_attn.keys_values(caption, mask)
 
     def _merge_mask(self, x: Tensor, clean: int) -> Tensor:
         """Tell clean frames (1) from noisy ones (0) through an extra input channel."""

@@ -56,9 +56,16 @@ class Objective(nn.Module):
         training: timestep shift and the variance term's weight.
     """
 
+    _no_split_modules = ("Block",)
+    """What FSDP gathers at once, as accelerate reads it."""
+
     def __init__(self, model: CausalVideoTransformer, process: NoiseProcess, training: TrainingConfig) -> None:
         super().__init__()
         self.model, self.process, self.training_config = model, process, training
+
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """Call a function that asks the network outside of ``forward``; FSDP gathers weights for this and that only."""
+        return function()
 
     def clean_frames(self, prefix: int, chunks: int) -> int:
         """Frames that are fed clean: all but the last chunk's."""
@@ -126,9 +133,10 @@ class Objective(nn.Module):
         keys_values = self.model.text_keys_values(*text) if text is not None else []
 
         def ask(model: CausalVideoTransformer, x: Tensor, timestep: Tensor) -> Tensor:
+            own = keys_values if model is self.model or text is None else model.text_keys_values(*text)
             noisy = x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)  # (B, C, J*l, h, w)
             steps = timestep.view(batch, chunks).to(clip.device)
-            return _by_chunk(model(torch.cat([context, noisy], dim=2), steps, plan, text=keys_values).float(), chunks)
+            return _by_chunk(model(torch.cat([context, noisy], dim=2), steps, plan, text=own).float(), chunks)
 
         out = ask(self.model, x, timestep)
         prediction, variance = out[:, : config.in_channels], out[:, config.in_channels :]

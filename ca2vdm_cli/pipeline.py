@@ -33,6 +33,7 @@ from .plugins import choose_backend
 from .presets import DEFAULT_PRESET, PRESET_FILE, LoadedPreset, load_preset
 from .runtime import Dtype, resolve_device, resolve_dtype, synchronize
 from .sampler import make_sampler
+from .text_encoder import TextEncoder
 
 Frames = np.ndarray
 """uint8 pixels (B, T, H, W, channels)."""
@@ -53,8 +54,12 @@ class RunOptions(TypedDict, total=False):
     """``cached`` (the default) or ``recompute``."""
     context_frames: int | None
     """Window in frames; the preset's by default."""
+    prompt: str | None
+    """What all the videos show, for presets with a text encoder; by default the stored unconditional caption."""
+    guidance: float | None
+    """How strongly the prompt is followed; the preset's by default."""
     caption: Caption | None
-    """Text embeddings, one row a video, for models with text; by default their stored unconditional caption."""
+    """Text embeddings, one row a video, in place of a prompt."""
     on_step: Callable[[int, int], None] | None
     """Called with (chunk, steps done)."""
 
@@ -91,6 +96,7 @@ class Pipeline:
         self.preset, self.model, self.autoencoder, self.trained = preset, model, autoencoder, trained
         self.config: Preset = preset.config
         self.process = NoiseProcess(self.config.diffusion)
+        self._text_encoder: TextEncoder | None = None  # loaded for the first prompt
 
     @classmethod
     def load(
@@ -223,7 +229,7 @@ class Pipeline:
         strategy = options.get("strategy", Strategy.CACHED)
         if strategy not in list(Strategy):
             raise UsageError(f"strategy: {strategy!r} is none of {', '.join(kind.value for kind in Strategy)}")
-        caption = options.get("caption") or stored_caption(self.model, len(videos))
+        caption = self._caption(options, len(videos))
         context = make_context(
             self.model,
             Strategy(strategy),
@@ -249,6 +255,28 @@ class Pipeline:
             )
 
         return self._stream(frames, given, context, latents)
+
+    def _caption(self, options: RunOptions, videos: int) -> Caption | None:
+        """What the videos are conditioned on; None for a model without text."""
+        prompt, guidance, caption = options.get("prompt"), options.get("guidance"), options.get("caption")
+        if prompt is None:
+            if guidance is not None:
+                raise UsageError("guidance: there is no prompt to follow; give one (--prompt TEXT)")
+            return caption or stored_caption(self.model, videos)
+        if caption is not None:
+            raise UsageError("prompt: there is a caption already; leave one of them out")
+        stored, config = self.model.unconditional_caption(videos), self.config
+        if stored is None:
+            raise UsageError(f"preset {self.preset.name}: its model has no text; leave out the prompt")
+        if config.text is None:
+            raise UsageError(
+                f"preset {self.preset.name}: it names no text encoder; leave out the prompt, or --set text.path=FOLDER"
+            )
+        if self._text_encoder is None:
+            kind = torch.bfloat16 if self.model.dtype is torch.bfloat16 else torch.float32
+            self._text_encoder = TextEncoder(config.text, config.model, self.model.device, kind)
+        text = self._text_encoder([prompt] * videos, stored)
+        return Caption(*text, config.sampling.guidance if guidance is None else guidance)
 
     def _stream(
         self,

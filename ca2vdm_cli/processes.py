@@ -1,6 +1,6 @@
 """The processes of a run, through accelerate: one on a laptop, or many that ``accelerate launch`` has started.
 
-Only CPU processes (gloo) were ever run by the authors, with DDP and once with FSDP2; GPUs never.
+Only CPU processes (gloo) were ever run by the authors, with DDP, FSDP2 and DeepSpeed; GPUs never.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import Precision
 from .errors import UsageError, UserError
@@ -56,17 +56,34 @@ def make_accelerator(device: str, precision: Precision, *, unused_parameters: bo
         raise UsageError(
             f"--device {device}: training takes the first GPU that it sees; choose it by CUDA_VISIBLE_DEVICES"
         )
-    half = native_bfloat16(where) if precision is Precision.AUTO else precision is Precision.BFLOAT16
+    shared = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    group = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while the first encodes or validates
+    if shared and where.type == "cpu":
+        group.backend = "gloo"  # accelerate knows DeepSpeed on GPUs only, and would make every process the only one
     accelerator = Accelerator(
-        cpu=where.type == "cpu",
-        mixed_precision="bf16" if half else "no",
+        cpu=where.type == "cpu" and not shared,
+        mixed_precision="bf16" if computes_half(precision, where) else "no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
-            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while the first encodes or validates
+            group,
         ],
     )
+    if accelerator.distributed_type.value == "FSDP":  # which would round latents and losses too; autocast does not
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     accelerator.gradient_accumulation_steps = 1  # the trainer's own; the launcher's setting would scale the loss again
     return accelerator
+
+
+def computes_half(precision: Precision, device: torch.device) -> bool:
+    """Whether training multiplies in bfloat16."""
+    return native_bfloat16(device) if precision is Precision.AUTO else precision is Precision.BFLOAT16
+
+
+def gather_for(module: nn.Module, method: str) -> None:
+    """Let a module's method find its weights whole, as ``forward`` does, where FSDP shares them; else do nothing."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    register_fsdp_forward_method(module, method)
 
 
 def whole(tensor: Tensor) -> Tensor:

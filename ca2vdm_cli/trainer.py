@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,34 +16,37 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from . import zero
 from .attention import Backend
 from .autoencoder import Autoencoder
 from .checkpoint import load_weights
-from .config import Preset, Schedule, Trainable
+from .config import Preset, Schedule, Trainable, TrainingConfig
 from .data import Batch, ClipLoader, ClipSource, LatentClips
 from .diffusion import NoiseProcess
 from .distillation import Distillation
 from .errors import UsageError, UserError
 from .interrupts import held_interrupts
+from .lora import add_adapters, merged, split
 from .model import CausalVideoTransformer
 from .objective import Draw, Objective
 from .optimizers import make_optimizers
 from .presets import PRESET_FILE, dump_preset
-from .processes import any_process, like, whole
+from .processes import any_process, gather_for, like, whole
 from .rollout import own_context
 from .run_folder import STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
 from .runtime import peak_memory
 from .sampler import make_sampler
+from .text_encoder import TextEncoder
 from .training_log import TrainingLog
 from .validation import Validator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CLIP, STEP, ROLLOUT = 1, 2, 3
-"""What random numbers are for: a clip's noise, a step's prefix length, or a clip's rollout."""
+CLIP, STEP, ROLLOUT, TEXT = 1, 2, 3, 4
+"""What random numbers are for: a clip's noise, a step's prefix length, a clip's rollout, or its text dropout."""
 ENCODED_TOGETHER = 64
 """Frames that the autoencoder works on at once."""
 TEMPORAL_LAYERS = ("attn_temp", "attn_temp_pre_merge", "attn_cf")
@@ -66,7 +70,7 @@ class StepReport:
     data_seconds: float
     """Of these, waiting for clips."""
     encode_seconds: float
-    """Of these, turning them into latents."""
+    """Of these, turning them into latents and their captions into embeddings."""
     frames: int
     """Frames that the loss was on."""
     memory_bytes: int
@@ -89,6 +93,7 @@ class Trainer:
         seed: of everything.
         origin: where the clips come from and how they are fitted, remembered for ``--resume``.
         teacher: a trained model to make a few-step student of, see ``distillation``.
+        text_encoder: what captions are encoded by; without it a model with text learns its stored caption only.
 
     Raises:
         UsageError: a batch size that the processes don't divide, or an optimizer that can't be shared among them.
@@ -105,8 +110,10 @@ class Trainer:
         seed: int = 0,
         origin: dict[str, str] | None = None,
         teacher: CausalVideoTransformer | None = None,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         self.preset, self.source, self.autoencoder, self.accelerator = preset, source, autoencoder, accelerator
+        self.text_encoder = text_encoder
         self.device, self.steps, self.seed, self.origin = accelerator.device, steps, seed, origin or {}
         self.step = 0
         training = preset.training
@@ -116,20 +123,26 @@ class Trainer:
                 f"training.batch_size: {training.batch_size} must be a multiple of {shares}, the processes "
                 f"({accelerator.num_processes}) times training.accumulation ({training.accumulation})"
             )
-        check_sharing(preset, accelerator)
+        check_sharing(accelerator)
         self.share = training.batch_size // shares
         """Clips of one forward of one process."""
         torch.manual_seed(seed)
         self.model = CausalVideoTransformer(preset.model, backend).to(self.device).train()
         self.model.gradient_checkpointing = training.gradient_checkpointing
-        choose_trainable(self.model, training.trainable)
+        choose_trainable(self.model, training)
         process = NoiseProcess(preset.diffusion)
         self.objective = Objective(self.model, process, training)
         if teacher is not None:
             self.objective = Distillation(self.model, process, training, teacher, preset.distillation)
+        if zero.in_use(accelerator):
+            zero.configure(accelerator, training, self.share)
         optimizers = make_optimizers(self.model, training)
         self._peaks = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
         self._forward, *prepared = accelerator.prepare(self.objective, *optimizers.values())
+        if accelerator.distributed_type.value == "FSDP":
+            gather_for(self.objective, "run")
+            for block in self.model.blocks:
+                gather_for(block, "text_keys_values")
         self.optimizers: dict[str, torch.optim.Optimizer] = dict(zip(optimizers, prepared, strict=True))
         self.average: dict[str, Tensor] = {}
         self._loader: ClipLoader | None = None
@@ -144,7 +157,7 @@ class Trainer:
 
     def start_from(self, weights: dict[str, Tensor], source: str) -> None:
         """Begin at given weights instead of random ones (fine-tuning)."""
-        self._load(weights, source)
+        self._load(split(self.model, weights), source)
         self._begin_average()
 
     def train_step(self) -> StepReport:
@@ -166,14 +179,16 @@ class Trainer:
             clips, waited = self._next_clips()
             data_seconds += waited
             at = time.perf_counter()
-            latents = self._encode(clips)
+            latents, text = self._encode(clips), self._encode_text(clips.captions, indices)
             encode_seconds += time.perf_counter() - at
             draws = [self.objective.draw(prefix, chunks, self._generator(CLIP, index)) for index in indices]
             last = part == training.accumulation - 1
+            if zero.in_use(self.accelerator):  # whose step is part of its last backward
+                self.accelerator.sync_gradients = last
             with nullcontext() if last else self.accelerator.no_sync(self._forward):
-                text = self.model.unconditional_caption(self.share)
                 context = self._roll_out(latents, prefix, chunks, indices, text)
-                loss, terms = self._forward(latents, prefix, Draw.stack(draws).to(self.device), text, context)
+                with self.accelerator.autocast():  # accelerate's own wrapping leaves FSDP2 out
+                    loss, terms = self._forward(latents, prefix, Draw.stack(draws).to(self.device), text, context)
                 self.accelerator.backward(loss / training.accumulation)
             losses.append(loss.detach())
             parts.append(terms)
@@ -255,6 +270,15 @@ class Trainer:
             frames = torch.cat(parts).unflatten(0, frames.shape[:2])
         return frames.float().transpose(1, 2)
 
+    def _encode_text(self, captions: Sequence[str | None], indices: range) -> tuple[Tensor, Tensor] | None:
+        """Captions as embeddings (B, M, text_channels) and masks (B, M); some are dropped. None without text."""
+        stored = self.model.unconditional_caption(len(captions))
+        if stored is None or self.text_encoder is None:
+            return stored
+        share = self.preset.training.text_dropout
+        dropped = [float(torch.rand((), generator=self._generator(TEXT, index))) < share for index in indices]
+        return self.text_encoder(captions, stored, dropped)
+
     def _roll_out(
         self, latents: Tensor, prefix: int, chunks: int, indices: range, text: tuple[Tensor, Tensor] | None
     ) -> Tensor | None:
@@ -267,7 +291,9 @@ class Trainer:
         generators = [self._generator(ROLLOUT, 2**32 + index) for index in indices]
         with self.accelerator.autocast():
             strength = training.rollout_strength
-            return own_context(self.model, sampler, latents, prefix, chunks, strength, generators, text)
+            return self.objective.run(
+                lambda: own_context(self.model, sampler, latents, prefix, chunks, strength, generators, text)
+            )
 
     def _mean(self, values: Tensor) -> float:
         """Over all processes."""
@@ -285,13 +311,13 @@ class Trainer:
         return 1.0
 
     def _begin_average(self) -> None:
-        self.average = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+        self.average = {key: value.detach().clone() for key, value in merged(self.model).items()}
 
     @torch.no_grad()
     def _update_average(self) -> None:
         """Exponential moving average in float32, shorter at first so that it forgets the random start."""
         decay = min(self.preset.training.ema_decay, (1 + self.step) / (10 + self.step))
-        own = self.model.state_dict()
+        own = merged(self.model)
         for kind in {type(value) for value in self.average.values()}:  # FSDP shares parameters, but not buffers
             keys = [k for k, v in self.average.items() if type(v) is kind and v.is_floating_point()]
             if keys:
@@ -333,8 +359,12 @@ class Trainer:
         self.average = {key: like(average[key], own) for key, own in self.average.items()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for part, moments in parts.items():
-            state = self.optimizers[part].state
-            parameters = {names[p]: p for group in self.optimizers[part].param_groups for p in group["params"]}
+            state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+            optimizer = self.optimizers[part]
+            learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            if zero.in_use(self.accelerator):
+                learned = zero.parameters(optimizer)
+            parameters = {names[parameter]: parameter for parameter in learned}
             for key, value in moments.items():
                 name, _, moment = key.rpartition(".")
                 if name not in parameters:
@@ -342,36 +372,48 @@ class Trainer:
                 parameter = parameters[name]
                 fits = value.shape == parameter.shape
                 state[parameter][moment] = like(value, parameter.detach()) if fits else value
+            if zero.in_use(self.accelerator):
+                zero.set_state(optimizer, state)
+            else:
+                optimizer.state.update(state)
         self.step = checkpoint.step
 
     def _moments(self) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
         """Each optimizer's moments of each parameter, by the names of both."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, inner in self.optimizers.items():
-            for parameter, moments in inner.state.items():
+            state = zero.whole_state(inner) if zero.in_use(self.accelerator) else inner.state
+            for parameter, moments in state.items():
                 yield optimizer, names[parameter], moments
 
     def _load(self, weights: dict[str, Tensor], source: str) -> None:
         own = self.model.state_dict()
         load_weights(self.model, {k: like(v, own[k]) if k in own else v for k, v in weights.items()}, source)
+        if zero.in_use(self.accelerator):
+            for optimizer in self.optimizers.values():
+                zero.refresh(optimizer)
 
 
-def check_sharing(preset: Preset, accelerator: Accelerator) -> None:
-    """Refuse what several devices can't share.
+def check_sharing(accelerator: Accelerator) -> None:
+    """Refuse ways of sharing weights that don't fit the model.
 
     Raises:
-        UsageError: DeepSpeed; or with FSDP what needs the blocks' weights outside of a forward.
+        UsageError: FSDP of the first version, or with units that are smaller than a block.
     """
-    kind = accelerator.distributed_type.value
-    if kind == "DEEPSPEED":
-        raise UsageError("DeepSpeed: its ZeRO stages are not supported; FSDP2 shares optimizer state too")
-    if kind == "FSDP" and (preset.training.rollout_share or preset.model.text_channels):
-        raise UsageError("FSDP: it does not go with training.rollout_share, nor with text; use DDP for these")
+    if accelerator.distributed_type.value != "FSDP":
+        return
+    if not accelerator.is_fsdp2:
+        raise UsageError("FSDP: its first version is not supported; accelerate launch --fsdp_version 2")
+    if accelerator.state.fsdp_plugin.min_num_params:
+        raise UsageError("FSDP: a block must stay whole; --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP or NO_WRAP")
 
 
-def choose_trainable(model: nn.Module, trainable: Trainable) -> None:
-    """Freeze what is not to be trained."""
-    if trainable is Trainable.TEMPORAL:
+def choose_trainable(model: CausalVideoTransformer, training: TrainingConfig) -> None:
+    """Freeze what is not to be trained, and add what is to be trained instead."""
+    if training.trainable is Trainable.LORA:
+        model.requires_grad_(False)
+        add_adapters(model.blocks, training.lora_rank, training.lora_alpha)
+    elif training.trainable is Trainable.TEMPORAL:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(layer in name.split(".") for layer in TEMPORAL_LAYERS))
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from .attention import Backend
 from .autoencoder import Autoencoder
 from .config import Preset, TrainingConfig
-from .data import ClipSource, batch
+from .data import ClipSource
 from .diffusion import NoiseProcess
-from .generation import SeededNoise, Strategy, generate, make_context, stored_caption
+from .generation import Caption, SeededNoise, Strategy, generate, make_context
 from .model import CausalVideoTransformer
 from .objective import Draw, Objective
 from .sampler import make_sampler
+from .text_encoder import TextEncoder
 from .video_io import Frame, contact_sheet, open_writer, write_image
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -58,6 +59,7 @@ class Validator:
         prefixes: prefix lengths to measure; the first chunk of the video is made from none of them if 0 is among them,
             else from one given frame.
         folder: where videos and sheets go.
+        text_encoder: what the clips' captions are encoded by; without it those of a model with text are not used.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class Validator:
         device: torch.device,
         prefixes: tuple[int, ...],
         folder: Path,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         self.preset, self.source, self.autoencoder, self.prefixes = preset, source, autoencoder, prefixes
-        self.folder = folder
+        self.folder, self.text_encoder = folder, text_encoder
         self.model = CausalVideoTransformer(preset.model, backend).to(device).eval().requires_grad_(False)
         self.process = NoiseProcess(preset.diffusion)
         self.objective = Objective(self.model, self.process, TrainingConfig())
@@ -102,8 +105,7 @@ class Validator:
     def _losses(self) -> Tensor:
         """Mean squared error of the prediction, (prefix lengths, noise levels)."""
         count, config = self.preset.training.validation_clips, self.preset.diffusion
-        latents = self._latents(count, max(self.prefixes) + self.preset.model.chunk_frames)
-        text = self.model.unconditional_caption(count)
+        latents, text = self._clips(count, max(self.prefixes) + self.preset.model.chunk_frames)
         rows = []
         for prefix in self.prefixes:
             generators = [torch.Generator().manual_seed(SEED + clip) for clip in range(count)]
@@ -120,8 +122,9 @@ class Validator:
     def _videos(self) -> NDArray[np.uint8]:
         """Videos of two windows from fixed seeds, (B, T, H, W, C) uint8."""
         config, device = self.preset.model, self.model.device
-        given = None if self.preset.diffusion.unconditional_start else self._latents(VIDEOS, 1)
-        caption = stored_caption(self.model, VIDEOS)
+        first, text = self._clips(VIDEOS, 1)
+        given = None if self.preset.diffusion.unconditional_start else first
+        caption = None if text is None else Caption(*text)
         sampler = make_sampler(self.preset.sampling.sampler, self.process, self.preset.sampling.steps)
         shape = (config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
         noise = SeededNoise(SEED, list(range(VIDEOS)), shape, device)
@@ -135,10 +138,15 @@ class Validator:
         pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
         return pixels.unflatten(0, (VIDEOS, -1)).permute(0, 1, 3, 4, 2).numpy()
 
-    def _latents(self, count: int, frames: int) -> Tensor:
-        """The first held-out clips as latents (B, c, T, h, w)."""
-        pixels = batch(self.source, 0, count, frames).to(self.model.device)
-        return self.autoencoder.encode(pixels.flatten(0, 1)).float().unflatten(0, (count, frames)).transpose(1, 2)
+    def _clips(self, count: int, frames: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The first held-out clips as latents (B, c, T, h, w), and their captions: embeddings and masks."""
+        found = [(self.source.clip(index, frames), self.source.caption(index)) for index in range(count)]
+        pixels = torch.stack([clip for clip, _ in found]).to(self.model.device)
+        latents = self.autoencoder.encode(pixels.flatten(0, 1)).float().unflatten(0, (count, frames)).transpose(1, 2)
+        text = self.model.unconditional_caption(count)
+        if text is not None and self.text_encoder is not None:
+            text = self.text_encoder([caption for _, caption in found], text)
+        return latents, text
 
 
 def _even(frame: Frame) -> Frame:

@@ -5,6 +5,7 @@ branches and last layer are zero and a test on it would pass whatever the branch
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,29 @@ def make_model(make_config: Callable[..., ModelConfig]) -> Callable[..., CausalV
         return model.eval().requires_grad_(False)
 
     return make
+
+
+WORDS = ("<pad>", "</s>", "<unk>", "a", "black", "white", "square", "moves")
+TEXT_CHANNELS, TEXT_TOKENS = 16, 6
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny T5 encoder of random weights and a tokenizer of ``WORDS``, as transformers saves them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("t5")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    sizes = {"d_model": TEXT_CHANNELS, "d_kv": 4, "num_heads": 4, "num_layers": 2, "d_ff": 32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        T5EncoderModel(T5Config(vocab_size=len(WORDS), **sizes)).save_pretrained(folder)
+    return folder
 
 
 @torch.no_grad()

@@ -1047,9 +1047,18 @@ def test_distilling_a_run_gives_a_preset_of_few_steps(weights: Path, refused: Ca
     assert "no such file" in refused(2, "train", *RUN, "--distill", "absent.safetensors", "--out", "other")
 
 
-def test_temporal_layers_alone_need_weights_to_begin_from(refused: Callable[..., str]) -> None:
-    temporal = [*TRAIN, "--set", "training.trainable=temporal", "--steps", 1]
-    assert "name them with --checkpoint" in refused(2, *temporal, "--out", "run")
+@pytest.mark.parametrize("part", ["temporal", "lora"])
+def test_part_of_a_model_needs_weights_to_begin_from(part: str, refused: Callable[..., str]) -> None:
+    line = refused(2, *TRAIN, "--set", f"training.trainable={part}", "--steps", 1, "--out", "run")
+    assert f"training.trainable: {part} needs weights to begin from; name them with --checkpoint" in line
+
+
+def test_a_fine_tuned_model_is_sampled_as_any_other(weights: Path, make: Callable[..., list[Frame]]) -> None:
+    settings = ["--set", "training.trainable=lora", "--set", "training.lora_rank=4", "--steps", 2]
+    assert ca2vdm("train", "--checkpoint", weights, *settings, "--out", "run", *RUN, "-q") == 0
+    assert load_tensors(Path("run") / WEIGHTS_FILE)[0].keys() == load_tensors(weights / WEIGHTS_FILE)[0].keys()
+    assert ca2vdm("sample", "--preset", "run", *GENERATE, "--frames", 8, "-q", "-o", "tuned.npz") == 0
+    assert max(apart(load("tuned.npz"), make("sample", "--frames", 8))) > 0
 
 
 def test_validation_goes_on_with_its_own_data() -> None:

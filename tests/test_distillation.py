@@ -50,6 +50,20 @@ def test_with_as_many_steps_as_the_teacher_its_own_weights_are_the_answer(
     assert losses[0] < 1e-6 * losses[1]
 
 
+def test_a_teacher_reads_captions_in_its_own_way(make_model: MakeModel) -> None:
+    process = NoiseProcess(V)
+    teacher, student = (make_model(learn_variance=False, text_channels=16, text_tokens=3) for _ in range(2))
+    text = teacher.unconditional_caption(VIDEOS)
+    losses = []
+    for change in (0.0, 0.5):
+        with torch.no_grad():
+            assert student.y_embedder is not None
+            student.y_embedder.y_proj.fc2.bias.add_(change)  # what its captions' keys and values are made of
+        objective = Distillation(student, process, TrainingConfig(), teacher, DistillationConfig(8, 8))
+        losses.append(float(objective(clip(), 1, draw(objective), text)[0]))
+    assert losses[0] < 1e-6 * losses[1]
+
+
 def test_a_model_that_always_sees_the_same_latents_is_consistent(make_model: MakeModel) -> None:
     """From wherever it jumps, it lands on the line from there to these latents, where the next jump begins."""
     process, latents = NoiseProcess(V), clip(2)

@@ -18,10 +18,12 @@ CONFIG = {"errors", "config"}
 PRESETS = CONFIG | {"presets"}
 METHOD = CONFIG | {"attention", "frame_plan", "kv_cache", "layers", "model", "diffusion", "sampler", "generation"}
 VIDEO = CONFIG | {"video_io", "data"}
-WEIGHTS = PRESETS | METHOD | {"runtime", "plugins", "autoencoder", "checkpoint"}
+WEIGHTS = PRESETS | METHOD | {"runtime", "plugins", "autoencoder", "checkpoint", "text_encoder"}
 PIPELINE = WEIGHTS | VIDEO | {"pipeline"}
 TRAINING = {
     "distillation",
+    "lora",
+    "zero",
     "objective",
     "optimizers",
     "processes",
@@ -62,13 +64,16 @@ ALLOWED: dict[str, set[str]] = {
     "objective": CONFIG | {"frame_plan", "model", "diffusion"},
     "sampler": CONFIG | {"diffusion"},
     "distillation": CONFIG | {"diffusion", "model", "objective", "sampler"},
+    "lora": set(),
+    "zero": CONFIG | {"processes"},
     "rollout": CONFIG | {"generation", "kv_cache", "model", "sampler"},
     "generation": METHOD - {"generation"} | {"runtime"},
     "optimizers": CONFIG | {"runtime"},
     "video_io": CONFIG | {"interrupts"},
     "data": VIDEO - {"data"},
     "autoencoder": VIDEO,
-    "checkpoint": WEIGHTS - {"checkpoint", "plugins", "sampler"},
+    "text_encoder": CONFIG,
+    "checkpoint": WEIGHTS - {"checkpoint", "plugins", "sampler", "text_encoder"},
     "recorded": METHOD | {"checkpoint"},
     "pipeline": WEIGHTS | VIDEO,
     "processes": CONFIG | {"runtime"},

@@ -30,7 +30,7 @@ def test_muon_takes_the_steps_of_pytorchs(native: bool, monkeypatch: pytest.Monk
             optimizer.step()
     moved = [(new - old).abs().max() for new, old in zip(theirs, matrices(), strict=True)]
     for new, expected, largest in zip(ours, theirs, moved, strict=True):
-        assert (new - expected).abs().max() < 0.02 * largest  # theirs always rounds to bfloat16
+        assert (new - expected).abs().max() < 0.05 * largest  # bfloat16, in products of five iterations
         assert torch.equal(mine.state[new]["momentum_buffer"], reference.state[expected]["momentum_buffer"])
 
 

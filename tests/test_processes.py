@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ca2vdm_cli import zero
 from ca2vdm_cli.checkpoint import load_tensors
+from ca2vdm_cli.config import Optimizer, TrainingConfig
+from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
+from ca2vdm_cli.trainer import check_sharing
 
 KILLED = -9
 # Kills the process, as ``kill -9`` does, at the n-th thing that saving does to the disk; files are left half written.
@@ -44,6 +53,26 @@ pathlib.Path.rename = fatal(pathlib.Path.rename)
 pathlib.Path.replace = fatal(pathlib.Path.replace)
 sys.exit(main())
 """
+# FSDP between processes on CPUs, which accelerate does on GPUs only.
+FSDP_DRIVER = """
+import sys
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from ca2vdm_cli.__main__ import main
+
+begin = PartialState.__init__
+
+def begin_as_on_gpus(self, *arguments, **options):
+    begin(self, *arguments, **options)
+    if self.distributed_type is DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+PartialState.__init__ = begin_as_on_gpus
+if __name__ == "__main__":
+    code = main()
+    assert AcceleratorState().distributed_type is DistributedType.FSDP
+    sys.exit(code)
+"""
 TRAIN = ["train", "--preset", "tiny", "--backend", "eager", "--device", "cpu", "--quiet"]
 SETTINGS = ["--set", "training.batch_size=4", "--set", "training.checkpoint_every=1"]
 
@@ -61,12 +90,19 @@ def run(*arguments: str, kill: int = 0, processes: int = 1) -> int:
     return launch(*arguments, kill=kill, processes=processes).returncode
 
 
-def launch(*arguments: str, kill: int = 0, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+def launch(
+    *arguments: str,
+    kill: int = 0,
+    processes: int = 1,
+    options: dict[str, str] | None = None,
+    program: Sequence[str] = ("-m", "ca2vdm_cli"),
+) -> subprocess.CompletedProcess[str]:
+    """The same with its output, with more in the environment, or as another program."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(options or {})}
     command = [sys.executable, "-c", DRIVER, str(kill)]
     if processes > 1:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, "-m", *torchrun, "-m", "ca2vdm_cli"]
+        command = [sys.executable, "-m", *torchrun, *program]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode in (0, KILLED), done.stderr
     return done
@@ -117,3 +153,98 @@ def test_two_processes_train_as_one_does(tmp_path: Path, autoencoder: list[str])
     for k in range(3):
         ours, theirs = (np.load(tmp_path / name / f"video-{k:02d}.npz")["frames"] for name in ("shared", "alone"))
         assert np.abs(ours.astype(int) - theirs).max() <= 1  # beside others in a batch, sums may round differently
+
+
+def test_two_processes_share_weights_by_fsdp(tmp_path: Path, autoencoder: list[str]) -> None:
+    """Text and rollouts included, which need weights outside of a forward, from where one process has left off."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(FSDP_DRIVER)
+    options = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    settings = ["model.text_channels=16", "model.text_tokens=6", "training.parallel_chunks=true"]
+    settings += ["training.prefix_lengths=[0]", "training.rollout_share=0.7", "training.rollout_steps=2"]
+    settings += ["training.learning_rate=3e-3"]  # so that branches that are zero at first soon are not
+    command = [*TRAIN, *SETTINGS, *autoencoder, *(part for setting in settings for part in ("--set", setting))]
+    keep = ["--set", "training.keep_checkpoints=4"]
+    assert run(*command, *keep, "--steps", "4", "--out", str(tmp_path / "one")) == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "two" / "checkpoints" / f"step-{step:08d}")
+    resume = ["train", "--resume", "--backend", "eager", "--device", "cpu", "--quiet", "--steps", "4"]
+    launch(*resume, "--out", str(tmp_path / "two"), processes=2, options=options, program=[str(driver)])
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for file in (WEIGHTS_FILE, STATE_FILE):
+        ours, theirs = (
+            load_tensors(tmp_path / name / "checkpoints" / "step-00000004" / file)[0] for name in ("two", "one")
+        )
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            apart = (ours[key] - value).abs()
+            if key.endswith("exp_avg"):
+                assert float(apart.max()) <= 1e-3 * float(value.abs().max()), key
+            else:  # AdamW's steps magnify what little there is between the smallest gradients
+                assert float(apart.mean()) <= 1e-5, key
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: list[str]) -> None:
+    """Its run has the losses of one process, goes on to the bit, and either goes on from what the other has saved."""
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}))
+    options = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
+    options |= {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
+    lengths = ["training.prefix_lengths=[0, 9]", "training.prefix_weights=[0, 1]", "training.accumulation=2"]
+    settings = [*TRAIN, *SETTINGS, *autoencoder, *(part for length in lengths for part in ("--set", length))]
+    resume = ["train", "--resume", "--backend", "eager", "--device", "cpu", "--quiet", "--steps", "4"]
+
+    def train(name: str, *arguments: str, by_deepspeed: bool) -> None:
+        if by_deepspeed:
+            launch(*arguments, "--out", str(tmp_path / name), processes=2, options=options)
+        else:
+            assert run(*arguments, "--out", str(tmp_path / name)) == 0
+
+    train("one", *settings, "--steps", "4", by_deepspeed=False)
+    train("whole", *settings, "--steps", "4", by_deepspeed=True)
+    for name, first, then in (("parts", True, True), ("from", True, False), ("to", False, True)):
+        train(name, *settings, "--steps", "2", by_deepspeed=first)
+        train(name, *resume, by_deepspeed=then)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for file in (WEIGHTS_FILE, STATE_FILE):
+        found = {
+            name: load_tensors(tmp_path / name / "checkpoints" / "step-00000004" / file)[0]
+            for name in ("one", "whole", "parts", "from", "to")
+        }
+        assert all(torch.equal(value, found["whole"][key]) for key, value in found["parts"].items())
+        for tensors in found.values():
+            assert tensors.keys() == found["one"].keys()
+            assert all(torch.allclose(value, found["one"][key], atol=1e-5) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "DeepSpeed: stage 3 of ZeRO is not supported"),
+        ({"zero_optimization": {}}, "DeepSpeed: stage None of ZeRO is not supported"),
+        ({"optimizer": {"type": "Adam"}}, "DeepSpeed: the optimizer is that of the preset"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "DeepSpeed: offload_optimizer"),
+        ({}, "DeepSpeed: it does not go with muon; training.optimizer=adamw"),
+    ],
+)
+def test_what_deepspeed_can_not_do(settings: dict[str, Any], expected: str) -> None:
+    optimizer = Optimizer.ADAMW if settings else Optimizer.MUON
+    settings = {"zero_optimization": {"stage": 2}, **settings}
+    accelerator: Any = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
+    with pytest.raises(UsageError, match=expected):
+        zero.configure(accelerator, TrainingConfig(optimizer=optimizer), share=1)
+
+
+@pytest.mark.parametrize(
+    ("version", "units", "expected"),
+    [(1, None, "FSDP: its first version is not supported"), (2, 100, "FSDP: a block must stay whole")],
+)
+def test_what_fsdp_can_not_do(version: int, units: int | None, expected: str) -> None:
+    accelerator: Any = SimpleNamespace(
+        distributed_type=SimpleNamespace(value="FSDP"),
+        is_fsdp2=version == 2,
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(min_num_params=units)),
+    )
+    with pytest.raises(UsageError, match=expected):
+        check_sharing(accelerator)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ca2vdm_cli.autoencoder import Autoencoder, load_autoencoder
 from ca2vdm_cli.checkpoint import load_tensors, load_weights
 from ca2vdm_cli.config import Preset
 from ca2vdm_cli.data import ClipSource, MovingDigits
-from ca2vdm_cli.errors import UserError
+from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.frame_plan import FrameClock
 from ca2vdm_cli.model import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
@@ -91,6 +92,7 @@ def without_times(report: StepReport) -> tuple[object, ...]:
         "training.prefix_lengths=[0, 1, 4, 5, 9]",
         "training.optimizer=muon",
         "training.trainable=temporal",
+        "training.trainable=lora",
         "training.parallel_chunks=true",
     ],
 )
@@ -163,6 +165,73 @@ def test_fine_tuning_starts_from_given_weights(run: Runs) -> None:
     assert_equal(trainer.average, given)
     trainer.train_step()
     assert not torch.equal(trainer.average["blocks.0.mlp.fc1.weight"], given["blocks.0.mlp.fc1.weight"])
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+LORA = ("training.trainable=lora", "training.lora_rank=3", "training.lora_alpha=6", "training.ema_decay=0")
+
+
+@pytest.fixture
+def base(run: Runs) -> dict[str, Tensor]:
+    """Weights to fine-tune, none of which are zero."""
+    generator = torch.Generator().manual_seed(5)
+    weights = run().model.state_dict()
+    return {k: v + 0.1 * torch.randn(v.shape, generator=generator).to(v) for k, v in weights.items()}
+
+
+def test_adapters_alone_are_trained_and_merged_into_what_is_saved(
+    run: Runs, base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    trainer = run(*LORA, "training.prefix_lengths=[0, 9]", "training.prefix_weights=[0, 1]")
+    trainer.start_from(base, "mine")
+    assert_equal(trainer.averaged_weights(), base)  # adapters do nothing yet
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.endswith((".0.up", ".0.down")) for name in trained)
+    for _ in range(3):
+        trainer.train_step()
+    with_gradient = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
+    assert with_gradient == trained
+    trainer.save(RunFolder(tmp_path))
+    weights, _ = load_tensors(tmp_path / WEIGHTS_FILE)
+    linear = {f"{name}.weight" for name, layer in run().model.named_modules() if isinstance(layer, nn.Linear)}
+    linear = {name for name in linear if name.startswith("blocks.")}
+    assert {key for key in base if not torch.equal(weights[key], base[key])} == linear
+    for key in linear:
+        assert 1 <= torch.linalg.matrix_rank((weights[key] - base[key]).double(), rtol=1e-4) <= 3
+    model = CausalVideoTransformer(trainer.preset.model, backends()["eager"])
+    load_weights(model, weights, "merged")
+    latents, timestep = torch.randn(1, 4, 13, 8, 8), torch.tensor([500])
+    outs = []
+    for each in (model, trainer.model):
+        plan = each.context_plan(4, 9, FrameClock(trainer.preset.model))
+        outs.append(each.eval()(latents, timestep, plan))
+    assert torch.allclose(outs[0], outs[1], atol=1e-5)
+
+
+def test_adapters_learn(run: Runs, base: dict[str, Tensor]) -> None:
+    """As the same clips and noise come again, the loss on them falls."""
+
+    def loss(trainer: Trainer) -> float:
+        trainer.step = 0
+        trainer.close()
+        return trainer.train_step().loss
+
+    trainer = run(*LORA, "training.prefix_lengths=[0]", "training.learning_rate=0.01", "training.batch_size=4")
+    trainer.start_from(base, "mine")
+    losses = [loss(trainer) for _ in range(12)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("training.lora_rank=49", "training.lora_rank: 49 must be at most model.hidden_size 48"),
+        ("training.optimizer=muon", "muon does not go with training.trainable lora"),
+    ],
+)
+def test_adapters_that_can_not_be(setting: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        load_preset("tiny", ["training.trainable=lora", setting])
 
 
 # ------------------------------------------------------------------------------------------------ rates and averages

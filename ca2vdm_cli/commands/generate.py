@@ -48,6 +48,8 @@ class Request:
     dtype: str
     strategy: str
     context_frames: int | None
+    prompt: str | None
+    guidance: float | None
     overrides: list[str]
     output: str | None
     format: str | None
@@ -77,6 +79,8 @@ class Request:
             sampler=self.sampler,
             strategy=self.strategy,
             context_frames=self.context_frames,
+            prompt=self.prompt,
+            guidance=self.guidance,
             on_step=on_step,
         )
 
@@ -296,6 +300,7 @@ def _report(request: Request, pipeline: Pipeline, targets: list[str], frames: in
         "sampler": request.sampler or pipeline.config.sampling.sampler,
         "steps": steps,
         "seed": request.seed,
+        "prompt": request.prompt,
         "context_frames": request.context_frames or pipeline.config.model.context_frames,
         **{f"{name}_seconds": spent for name, spent in tally.seconds.items()},
         "startup_seconds": max(0.0, seconds - sum(tally.seconds.values())),

@@ -21,9 +21,10 @@ from ..model import CausalVideoTransformer
 from ..pipeline import find_weights
 from ..plugins import choose_backend
 from ..presets import LoadedPreset
-from ..processes import make_accelerator
+from ..processes import computes_half, make_accelerator
 from ..run_folder import AUTOENCODER_FILE, CHECKPOINTS, WEIGHTS_FILE, Checkpoint, RunFolder
 from ..terminal import ProgressBar, duration, note, print_json, size
+from ..text_encoder import TextEncoder
 from ..trainer import StepReport, Trainer, train, write_preset
 from ..validation import Validator
 
@@ -116,7 +117,7 @@ def run(request: Request) -> None:
     accelerator = make_accelerator(request.device, config.training.precision, unused_parameters=unused)
     main, device = accelerator.is_main_process, accelerator.device
     quiet = request.quiet or not main
-    half = accelerator.mixed_precision == "bf16"
+    half = computes_half(config.training.precision, device)
     backend = choose_backend(request.backend, device, torch.bfloat16 if half else torch.float32)
     source = open_clips(request.data, config, seed, config.clip_frames)
     clips, cache = source, request.cache_latents
@@ -126,8 +127,10 @@ def run(request: Request) -> None:
         if cache is not None:
             clips = _encoded(source, autoencoder, config, cache, device, quiet)
     teacher = None if request.distill is None else _teacher(request.distill, config, backend, device)
+    with accelerator.main_process_first():  # it may come from the hub
+        text = _text_encoder(config, source, device, half, quiet)
     steps, facts = config.training.steps, request.facts(config)
-    trainer = Trainer(config, clips, autoencoder, backend, accelerator, steps, seed, facts, teacher)
+    trainer = Trainer(config, clips, autoencoder, backend, accelerator, steps, seed, facts, teacher, text)
     if last is not None:
         trainer.resume(last)
     elif request.checkpoint is not None and weights is not None:
@@ -136,7 +139,7 @@ def run(request: Request) -> None:
     if config.training.validate_every and main:
         held_out = _held_out(source, request, config, seed)
         prefixes = trainer.trained_prefixes
-        validator = Validator(config, held_out, autoencoder, backend, device, prefixes, out / "validation")
+        validator = Validator(config, held_out, autoencoder, backend, device, prefixes, out / "validation", text)
     if main:
         write_preset(config, out)
     tally = _Tally(trainer)
@@ -217,14 +220,19 @@ def _settled(loaded: LoadedPreset, request: Request) -> Preset:
     if config.video is None:
         raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
     if config.training.trainable is not Trainable.ALL and not begins:
-        raise UsageError("training.trainable: temporal needs weights to begin from; name them with --checkpoint")
+        kind = config.training.trainable.value
+        raise UsageError(f"training.trainable: {kind} needs weights to begin from; name them with --checkpoint")
     sampling = config.sampling
     if request.distill is not None:
         if config.diffusion.prediction is Prediction.EPSILON:
             raise UsageError("--distill: epsilon says nothing of the latents where all is noise; it takes v or flow")
         sampling = replace(sampling, sampler="trailing", steps=config.distillation.steps)
+    text = config.text
+    if text is not None and Path(text.path).is_dir():
+        text = replace(text, path=str(Path(text.path).resolve()))  # the run may be sampled from another folder
     return replace(
         config,
+        text=text,
         training=replace(config.training, steps=request.steps or config.training.steps),
         sampling=sampling,
         data=replace(config.data, crop=Crop(request.aspect or config.data.crop)),
@@ -282,6 +290,17 @@ def _teacher(weights: Path, config: Preset, backend: Backend, device: torch.devi
     teacher = CausalVideoTransformer(config.model, backend).to(device).eval().requires_grad_(False)
     load_weights(teacher, load_tensors(path)[0], str(path))
     return teacher
+
+
+def _text_encoder(
+    config: Preset, source: ClipSource, device: torch.device, half: bool, quiet: bool
+) -> TextEncoder | None:
+    """What encodes captions, where the preset names it."""
+    if config.text is not None:
+        return TextEncoder(config.text, config.model, device, torch.bfloat16 if half else torch.float32)
+    if config.model.text_channels and isinstance(source, Clips) and any(video.caption for video in source.videos):
+        note("captions are there, and no text encoder: text.path names none; they are not learned from", quiet=quiet)
+    return None
 
 
 def _encoded(
