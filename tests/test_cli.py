@@ -745,7 +745,7 @@ def test_bench_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm("bench", *EXACT) == 0
     text = capsys.readouterr().out
     assert re.search(r"cached is \d+\.\d\d× (faster|slower) than recompute at a 9-frame window", text)
-    for words in ("random weights", "cached", "recompute", "ratio", "a chunk", "in total", "peak"):
+    for words in ("random weights", "cached", "recompute", "×", "a chunk", "in total", "peak", "exponent"):
         assert words in text
 
 
@@ -764,6 +764,7 @@ def test_bench_uses_weights_where_there_are_some(report: Callable[..., Any], wei
 
 def shifted_mask(plan: FramePlan) -> FramePlan:
     """A chunk sees the wrong slot of the ring."""
+    assert plan.temporal_mask is not None
     return replace(plan, temporal_mask=plan.temporal_mask.roll(1, 1))
 
 

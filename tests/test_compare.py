@@ -1,4 +1,4 @@
-"""Strategies in lockstep: what is timed, and what is compared."""
+"""Contestants in lockstep: what is timed, and what is compared."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from ca2vdm_cli.compare import Lockstep, SideBySide
 from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.frame_plan import FrameClock
-from ca2vdm_cli.generation import Context, Strategy
+from ca2vdm_cli.generation import Context
 from ca2vdm_cli.kv_cache import TextKeysValues
 from ca2vdm_cli.model import CausalVideoTransformer
+from ca2vdm_cli.opponents import Contestant
 from ca2vdm_cli.pipeline import Pipeline
 
 MakeModel = Callable[..., CausalVideoTransformer]
@@ -58,7 +59,8 @@ class Answering(Context):
 
 def lockstep(make_model: MakeModel, *answers: float) -> Lockstep:
     model = make_model()
-    return Lockstep({s: Answering(model, answer) for s, answer in zip(Strategy, answers, strict=True)})
+    contestants = (Contestant.CACHED, Contestant.RECOMPUTE)
+    return Lockstep({one: Answering(model, answer) for one, answer in zip(contestants, answers, strict=True)})
 
 
 def chunk(steps: Lockstep) -> None:
@@ -94,16 +96,16 @@ def test_numbers_that_are_none_are_an_error_and_not_equal(make_model: MakeModel)
 def test_all_strategies_see_what_the_first_one_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a difference stays one step's own and is not carried on."""
     pipeline = Pipeline.load("tiny", random_weights=True, backend="eager", device="cpu", dtype="float32")
-    seen: dict[Strategy, list[Tensor]] = {strategy: [] for strategy in Strategy}
+    seen: dict[Contestant, list[Tensor]] = {Contestant.CACHED: [], Contestant.RECOMPUTE: []}
     compared = SideBySide(pipeline, 2, steps=2)
 
-    def remember(strategy: Strategy, answer: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
+    def remember(strategy: Contestant, answer: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
         seen[strategy].append(x.clone())
-        return answer(x, t) + (0.1 if strategy is Strategy.RECOMPUTE else 0)
+        return answer(x, t) + (0.1 if strategy is Contestant.RECOMPUTE else 0)
 
     for strategy, context in compared.lockstep.contexts.items():
         monkeypatch.setattr(context, "predict", partial(remember, strategy, context.predict))
     rows = list(compared)
     assert [row.difference for row in rows] == pytest.approx([0.1, 0.1], abs=1e-5)
-    assert len(seen[Strategy.CACHED]) == len(seen[Strategy.RECOMPUTE]) > 4
+    assert len(seen[Contestant.CACHED]) == len(seen[Contestant.RECOMPUTE]) > 4
     assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
