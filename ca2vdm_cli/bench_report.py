@@ -159,7 +159,7 @@ def as_html(report: Report, svg: str, size: Any, duration: Any) -> str:
     body.append(f"<figure>{svg}</figure>")
     for run in (report, *report["other_backends"]):
         body.append(f"<h2>{_text(run['backend'])}, {run['context_frames']}-frame window</h2>")
-        body.append(_table(*costs_table(run, report, size, duration)))
+        body.append(_table(*costs_table(run, size, duration)))
         notes = [COSTS_NOTE, slide_note(run), OTHER_VIDEOS]
         body += [f'<p class="note">{_text(line)}</p>' for line in notes if line]
         body.append(f"<h2>Growth ({_text(run['backend'])})</h2>")
@@ -178,70 +178,100 @@ def as_html(report: Report, svg: str, size: Any, duration: Any) -> str:
 
 
 COSTS_NOTE = (
-    "Medians of the steady state; below them, how many times cached's they are, or for cached from least to most. "
-    "A chunk: denoising steps and cache write. In total: the whole video. frames/s: with decoding, where there is any. "
-    "MFU: share of the machine's rate in matrix products of the same precision, measured in turns. "
-    "*: what is kept and what computing takes, without the weights."
+    "Medians of the steady state; below them how many times cached's they are, or how far cached's own spread. A "
+    "chunk: denoising steps and cache write. In total: the whole video. frames/s: with decoding, where there is any. MFU: "
+    "share of the machine's rate in matrix products of the same precision, measured in turns. Peak: what is kept and "
+    "what computing takes, without the weights."
 )
 GROWTH_NOTE = (
-    "Exponents e of cost ∝ lengthᵉ, fitted to the longer half of the lengths. By frames: a whole video of that length "
-    "(memory: what is kept, and a denoising step on top). By context: one denoising step."
+    "The exponents e, fitted to the longer half of the lengths. Frames: a whole video of that length (memory: what is "
+    "kept, and a denoising step on top). Context: one denoising step. –: fewer than three lengths."
 )
+
+
+_COSTS = {"time": "seconds", "FLOPs": "flops", "memory": "memory_bytes"}
 
 
 def growth_table(run: Report) -> tuple[list[str], list[list[str]]]:
     """Fitted exponents: columns (``>`` at the end: numbers) and rows."""
-    columns = [""]
-    rows = [[name] for name in run["results"]]
-    for length, said in (("frames", "frames"), ("context_frames", "context")):
-        for cost, word in (("seconds", "time"), ("flops", "FLOPs"), ("memory_bytes", "memory")):
-            columns.append(f"{word} by {said}>")
-            for row in rows:
-                exponent = run["growth"][length][row[0]][f"{cost}_exponent"]
-                row.append("–" if exponent is None else f"{exponent:.2f}".replace("-0.00", "0.00"))
-    return columns, rows
+    lengths = {"frames": "frames", "context_frames": "context"}
+    columns = [f"{cost} ∝ {said}ᵉ>" for said in lengths.values() for cost in _COSTS]
+    rows = [
+        [name, *(_exponent(run["growth"][length][name], cost) for length in lengths for cost in _COSTS)]
+        for name in run["results"]
+    ]
+    return ["", *columns], rows
 
 
-def costs_table(run: Report, report: Report, size: Any, duration: Any) -> tuple[list[str], list[list[str]]]:
-    """Costs in the steady state, see ``COSTS_NOTE``: columns and rows; a cell may have a second line."""
-    columns = ["", "a step>", "cache write>", "a chunk>", "in total>", "frames/s>", "FLOPs a step>", "MFU>"]
-    columns += ["kept>", "peak*>"]
+def _operations(count: float) -> str:
+    """As people read them: 170 G."""
+    for unit in "kMGT":
+        count /= 1000
+        if count < 1000 or unit == "T":
+            return f"{count:.3g} {unit}"
+    raise AssertionError
+
+
+def _exponent(curve: Report, cost: str) -> str:
+    exponent = curve[f"{_COSTS[cost]}_exponent"]
+    return "–" if exponent is None else f"{exponent:.2f}".replace("-0.00", "0.00")
+
+
+TIME = ("", "a step>", "write>", "a chunk>", "decode>", "in total>", "frames/s>")
+"""Columns of a first table that fits a terminal..."""
+WORK = ("", "FLOPs a step>", "MFU>", "kept>", "peak>", "time ∝ framesᵉ>", "FLOPs ∝ framesᵉ>")
+"""...and of a second."""
+
+
+def costs_table(
+    run: Report, size: Any, duration: Any, columns: Sequence[str] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Costs in the steady state, see ``COSTS_NOTE``: columns and rows; a cell may have a second line.
+
+    Args:
+        run: of one backend.
+        size, duration: bytes and seconds as people read them.
+        columns: which, as far as they were measured; by default all but the exponents.
+    """
     pixels = run["results"]["cached"]["decode_seconds"] is not None
-    if pixels:
-        columns[3:3] = ["decode>", "encode>"]
 
-    def shown(value: float | None) -> str:
-        return "–" if value is None else duration(value)
+    def shown(value: float | None, below: str = "") -> str:
+        return "–" if value is None else f"{duration(value)}\n{below}"
 
-    def ratio(values: dict[str, float | None], name: str) -> str:
-        value = values.get(name)
-        return "" if value is None else f"\n{value:.2f}×"
-
-    def spread(values: dict[str, float] | None) -> str:
-        return "" if values is None else f"\n{duration(values['min'])} to {duration(values['max'])}"
+    def worth(result: Report, name: str, part: str) -> str:
+        """How many times cached's it is, or for cached itself how far its values spread."""
+        ratio = run[f"speedup_per_{part}"].get(name)
+        if ratio is not None:
+            return f"{ratio:.2f}×"
+        median, spread = result[f"steady_seconds_per_{part}"], result[f"steady_seconds_per_{part}_spread"]
+        if not spread:
+            return ""
+        return f"{spread['min'] / median - 1:+.0%} {spread['max'] / median - 1:+.0%}"
 
     rows = []
     for name, result in run["results"].items():
-        own = name == "cached"
-        step, chunk = (result[f"steady_seconds_per_{part}"] for part in ("step", "chunk"))
-        row = [
-            name,
-            shown(step)
-            + (spread(result["steady_seconds_per_step_spread"]) if own else ratio(run["speedup_per_step"], name)),
-            shown(result["cache_write_seconds"]) if own else "–",
-            shown(chunk)
-            + (spread(result["steady_seconds_per_chunk_spread"]) if own else ratio(run["speedup_per_chunk"], name)),
-            shown(result["seconds"]),
-            "–" if result["steady_frames_per_second"] is None else f"{result['steady_frames_per_second']:.3g}",
-            f"{result['flops_per_step'] / 1e9:.3g} G",
-            "–" if result["mfu"] is None else f"{result['mfu']:.0%}",
-            size(result["context_bytes"]),
-            "–" if result["peak_memory_bytes"] is None else size(result["peak_memory_above_weights_bytes"]),
-        ]
-        if pixels:
-            row[3:3] = [shown(result["decode_seconds"]), shown(result["encode_seconds"])]
-        rows.append(row)
-    return columns, rows
+        step, write = result["steady_seconds_per_step"], result["cache_write_seconds"]
+        cells: dict[str, str | None] = {
+            "": name,
+            "a step>": shown(step, worth(result, name, "step")),
+            "write>": shown(write, f"{write / step:.2f} steps") if name == "cached" and write else "–",
+            "a chunk>": shown(result["steady_seconds_per_chunk"], worth(result, name, "chunk")),
+            "decode>": shown(result["decode_seconds"]) if pixels else None,
+            "encode>": shown(result["encode_seconds"]) if pixels else None,
+            "in total>": shown(result["seconds"]),
+            "first chunk>": shown(result["first_chunk_latency_seconds"]),
+            "frames/s>": "–" if not result["steady_frames_per_second"] else f"{result['steady_frames_per_second']:.3g}",
+            "FLOPs a step>": _operations(result["flops_per_step"]),
+            "MFU>": "–" if result["mfu"] is None else f"{result['mfu']:.0%}",
+            "kept>": size(result["context_bytes"]),
+            "peak>": "–" if result["peak_memory_bytes"] is None else size(result["peak_memory_above_weights_bytes"]),
+        }
+        if columns is not None:
+            growth = run["growth"]["frames"][name]
+            cells |= {f"{word} ∝ framesᵉ>": _exponent(growth, word) for word in ("time", "FLOPs")}
+            cells = {column: cells[column] for column in columns}
+        rows.append({column: cell for column, cell in cells.items() if cell is not None})
+    return list(rows[0]), [[cell.rstrip("\n") for cell in row.values()] for row in rows]
 
 
 def slide_note(run: Report) -> str:

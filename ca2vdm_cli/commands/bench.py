@@ -11,10 +11,11 @@ from ..bench import Settings, add_autoencoder, count_chunks, environment, run_be
 from ..bench_report import (
     COSTS_NOTE,
     OTHER_VIDEOS,
+    TIME,
+    WORK,
     as_csv,
     as_html,
     costs_table,
-    growth_table,
     slide_note,
     verdict,
     warnings,
@@ -149,13 +150,10 @@ def _print(report: dict[str, Any]) -> None:
     )
     for run in (report, *report["other_backends"]):
         out.print()
-        columns, rows = costs_table(run, report, size, duration)
-        out.print(table([run["backend"], *columns[1:]], rows))
-        if run["growth"]["frames"]["cached"]["seconds_exponent"] is not None:
-            columns, rows = growth_table(run)
+        for wanted in (TIME, WORK):
+            columns, rows = costs_table(run, size, duration, wanted)
+            out.print(table([run["backend"], *columns[1:]], rows))
             out.print()
-            out.print(table(["exponent of growth", *columns[1:]], rows))
-    out.print()
     for line in filter(None, [COSTS_NOTE, slide_note(report), OTHER_VIDEOS if _other_videos(report) else ""]):
         out.print(line, markup=False)
     for line in warnings(report):
