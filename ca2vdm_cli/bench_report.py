@@ -179,9 +179,9 @@ def as_html(report: Report, svg: str, size: Any, duration: Any) -> str:
 
 COSTS_NOTE = (
     "Medians of the steady state; below them how many times cached's they are, or how far cached's own spread. A "
-    "chunk: denoising steps and cache write. In total: the whole video. frames/s: with decoding, where there is any. MFU: "
-    "share of the machine's rate in matrix products of the same precision, measured in turns. Peak: what is kept and "
-    "what computing takes, without the weights."
+    "chunk: denoising steps and cache write. In total: the whole video. frames/s: with decoding, where there is any. "
+    "MFU: share of the machine's rate in matrix products of the same precision, measured in turns. Peak: what is kept "
+    "and what computing takes, without the weights."
 )
 GROWTH_NOTE = (
     "The exponents e, fitted to the longer half of the lengths. Frames: a whole video of that length (memory: what is "
