@@ -329,6 +329,46 @@ def bench(
 
 
 @app.command()
+def plan(
+    preset: PresetOption = None,
+    checkpoint: CheckpointOption = None,
+    frames: FramesOption = None,
+    steps: StepsOption = None,
+    sampler: SamplerOption = None,
+    context_frames: ContextOption = None,
+    cache_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What the cache may take, e.g. 1GiB. Default: what is available.")
+    ] = None,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = DtypeName.auto,
+    set_: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what a video will take before it is made.
+
+    Cache, memory, operations and time, the last from some two seconds of measuring this machine; and the longest window
+    that fits the cache budget.
+    """
+    from .commands.plan import run
+
+    run(
+        preset,
+        checkpoint,
+        frames,
+        steps,
+        sampler,
+        context_frames,
+        cache_budget,
+        backend,
+        device,
+        dtype.value,
+        set_ or [],
+        as_json=json,
+    )
+
+
+@app.command()
 def verify(
     preset: PresetOption = None,
     checkpoint: CheckpointOption = None,

@@ -209,7 +209,7 @@ def _keep_prefix(attention: torch.nn.Module, arguments: Any, output: Tensor) -> 
     x, plan, cache = arguments
     if not isinstance(plan, _KeepingPlan):
         return
-    assert isinstance(attention, PrefixAttention)
+    assert isinstance(attention, PrefixAttention) and plan.has_prefix is not None
     keys_values = attention.project(x.index_select(1, plan.spatial_source), 1, 3)  # (B, K, S, H, E) each
     for buffer, new in zip((cache.spatial_k, cache.spatial_v), keys_values, strict=True):
         frames = new.permute(0, 3, 1, 2, 4)  # (B, H, K, S, E)

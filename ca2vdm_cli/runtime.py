@@ -103,6 +103,15 @@ def available_memory(device: torch.device) -> int | None:
     return None
 
 
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now, libraries included; the highest so far where only that is known."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS:"))
+    except (OSError, StopIteration):
+        return peak_memory(torch.device("cpu"))
+
+
 class PeakMemory:
     """By how much memory rises at the highest, from now on.
 

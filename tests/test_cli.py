@@ -36,7 +36,7 @@ from ca2vdm_cli.trainer import Trainer
 from ca2vdm_cli.video_io import Aspect, Frame, Geometry, VideoWriter, open_reader, open_writer, to_channels, write_image
 
 GOLDEN = Path(__file__).parent / "golden" / "cyclic_prev2.safetensors"
-COMMANDS = ["sample", "extend", "train", "bench", "verify", "import", "backends", "presets", "presets show"]
+COMMANDS = ["sample", "extend", "train", "bench", "plan", "verify", "import", "backends", "presets", "presets show"]
 RUN = ["--device", "cpu", "--backend", "eager"]
 GENERATE = [*RUN, "--dtype", "float32", "--steps", 3]
 WINDOW, CHUNK = 9, 4  # of the tiny preset

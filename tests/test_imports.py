@@ -34,6 +34,7 @@ COMMANDS = PIPELINE | {
     "bench",
     "bench_report",
     "figures",
+    "forecast",
     "verify",
     "terminal",
 }
@@ -77,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": PIPELINE | {"__init__", "opponents", "compare", "costs", "growth", "verify"},
     "bench_report": {"errors"},
     "figures": {"errors"},
+    "forecast": PIPELINE | {"__init__", "costs"},
     "runtime": CONFIG,
     "terminal": CONFIG,
     "commands": COMMANDS,
