@@ -118,8 +118,7 @@ def run_bench(pipeline: Pipeline, settings: Settings, on_chunk: OnChunk = lambda
 
     The steady state is every chunk that the cache sees a full window from, but for the first ones. Seconds per chunk
     count the network's denoising steps and the cache write, which only ``cached`` has. Peak memory is weights, kept
-    context, and the highest rise while a chunk is made context and one more step is denoised, whose time is not
-    counted. What was not measured is None.
+    context, and the highest rise in a step or a cache write, outside the clock. What was not measured is None.
 
     Raises:
         UsageError: a video that positions have no room for, or more caches than memory has.
@@ -208,7 +207,7 @@ class _Run:
         self.rate = product.flops / statistics.median(product.seconds)
         self.steps = len(self.rows[0].times[Contestant.CACHED].step_seconds)
         self.rises = {one: compared.rise(one) for one in contestants}
-        self.write_flops = {one: compared.write_flops(one) if one.caches else 0 for one in contestants}
+        self.write_flops = {one: compared.write_flops(one) if one is Contestant.CACHED else 0 for one in contestants}
 
     def report(self) -> dict[str, Any]:
         """Everything but growth."""

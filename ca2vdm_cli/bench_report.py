@@ -39,7 +39,8 @@ def _speed(report: Report) -> str:
         for i, name in enumerate(names):
             ratio = measured[name] if faster else 1 / measured[name]
             parts.append(f"{ratio:.2f}× {word} than {name}" if i == 0 else f"{ratio:.2f}× than {name}")
-    return f"cached is {_listed(parts)} at a {report['context_frames']}-frame window"
+    steps = f"{report['steps']} step{'' if report['steps'] == 1 else 's'} a chunk"
+    return f"cached is {_listed(parts)} at a {report['context_frames']}-frame window and {steps}"
 
 
 def _memory(report: Report) -> Iterator[str]:

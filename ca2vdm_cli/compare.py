@@ -111,8 +111,9 @@ class Lockstep(Context):
     The first one's answer is what goes on. Where the outputs of two free runs are compared, a rounding error of the
     first step grows in all that follow, without bound where weights are random; here every step is compared on its own.
 
-    Times are taken around each call, in alternating order, so that a noisy machine hits all alike. Where a context sees
-    another number of frames than before, its shapes are new: it answers once outside the clock before it is timed.
+    Times are taken around each call, in alternating order, so that a noisy machine hits all alike. Where a context that
+    is fed again sees another number of frames than before, its shapes are new: it answers once outside the clock before
+    it is timed. A cache's shapes are the same in every chunk, so it does that once.
 
     Args:
         contexts: by contestant.
@@ -161,9 +162,10 @@ class Lockstep(Context):
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         for contestant, context in self.contexts.items():
-            if (seen := seen_frames(context)) != self.observations[contestant].seen_frames:
-                self.observations[contestant].seen_frames = seen
-                self._warm_up(context, self.observations[contestant], x, timestep)
+            found, seen = self.observations[contestant], seen_frames(context)
+            if found.seen_frames < 0 or (seen != found.seen_frames and not contestant.caches):
+                self._warm_up(context, found, x, timestep)
+            found.seen_frames = seen
         timed = self._timed(lambda context: context.predict(x, timestep))
         if self.product is not None:
             self.product.measure()
@@ -345,8 +347,11 @@ class SideBySide:
     def rise(self, contestant: Contestant) -> int | None:
         """By how many bytes memory rises, at the highest, while the last chunk is made context and a step denoised.
 
-        The context has moved on afterwards. None where positions that do not wrap leave no room for another chunk.
+        With ``cached`` both are done again, and the context has moved on afterwards; the others write nothing, and the
+        last chunk's own steps were observed. None where positions that do not wrap leave no room for another chunk.
         """
+        if contestant is not Contestant.CACHED:
+            return self.lockstep.observations[contestant].rise_bytes
         context = self.lockstep.contexts[contestant]
         memory = PeakMemory(self.model.device)
         try:

@@ -1,8 +1,8 @@
 """What a run will take, before it is run: cache, memory, operations and time.
 
 Bytes and operations are computed: the cache and the operations by formula, the memory of a forward by going through it
-with tensors that have shapes and no numbers. Time is measured for about two seconds, on models of the same width and
-window that are only a few blocks deep, and carried on to the full depth.
+with tensors that have shapes and no numbers. Time is measured for about two seconds, on a model of the same width and
+window that has as few blocks as that takes, and carried on to the full depth by the operations that it has to do.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def forecast(request: Request) -> dict[str, Any]:
         "seconds": startup_seconds + times.loading + seconds,
         "first_chunk_seconds": startup_seconds + times.loading + per_chunk - times.write,
         "frames_per_second": request.frames / seconds,
-        "measured_depths": times.depths,
+        "measured_depth": times.depth,
         "available_memory_bytes": available,
         "fits": available is None or running <= available,
         "cache_budget_bytes": budget,
@@ -280,63 +280,81 @@ class _Times:
     sampler: float
     decode: float
     loading: float
-    depths: list[int]
+    depth: int
+    """That was measured."""
 
 
 @torch.inference_mode()
 def _measure(request: Request, autoencoder: _Autoencoder | None) -> _Times:
-    """Measure ever deeper models, up to the full depth, until the time is used up; at least two depths."""
-    config = request.preset.config
-    began = time.perf_counter()
+    """Measure one block, then as many as the time allows, up to the full depth."""
+    config = request.preset.config.model
     sampler = _sampler_seconds(request)
     decode = 0.0
     if autoencoder is not None:
-        frames = torch.randn(_frames_shape(config.model), device=request.device)
+        frames = torch.randn(_frames_shape(config), device=request.device)
         decode = _seconds(lambda: autoencoder.decode(frames), request.device, MEASURE_SECONDS / 8)
-    found: dict[int, tuple[float, float, float]] = {}  # depth: seconds of a step, a write, and of making the model
-    depth = 1
-    while True:
-        found[depth] = _measure_depth(request, depth)
-        spent = time.perf_counter() - began
-        deeper = min(2 * depth, config.model.depth)
-        if deeper == depth or (len(found) > 1 and spent > 0.6 * MEASURE_SECONDS):
-            break
-        depth = deeper
-    step, write, making = (_at_depth(config.model.depth, {d: t[i] for d, t in found.items()}) for i in range(3))
+    one = _Probe(request, 1)
+    once = one.step() + one.write()
+    depth = max(1, min(config.depth, int(MEASURE_SECONDS / 4 / once)))  # one round to warm up, and three that count
+    probe = one if depth == 1 else _Probe(request, depth)
+    rounds: list[tuple[float, float]] = []
+    began = time.perf_counter()
+    while not rounds or (time.perf_counter() - began < 0.75 * MEASURE_SECONDS and len(rounds) < 50):
+        rounds.append((probe.step(), probe.write()))
+    step, write = (statistics.median(seconds) for seconds in zip(*rounds, strict=True))
+    making = probe.making_seconds * config.depth / depth
+    step, write = step * probe.share(step_flops), write * probe.share(_chunk_write_flops)
+    del one, probe
     gc.collect()
     PeakMemory(request.device)  # gives freed memory back
-    return _Times(step, write, sampler, decode, making, list(found))
+    return _Times(step, write, sampler, decode, making, depth)
 
 
-def _at_depth(depth: int, seconds: dict[int, float]) -> float:
-    """Carry the two deepest measurements on along a line."""
-    if depth in seconds:
-        return seconds[depth]
-    *_, (a, at_a), (b, at_b) = sorted(seconds.items())
-    return at_b + max(0.0, (at_b - at_a) / (b - a)) * (depth - b)
+def _chunk_write_flops(config: ModelConfig, context_frames: int) -> int:
+    return write_flops(config, context_frames, config.chunk_frames)
 
 
-def _measure_depth(request: Request, depth: int) -> tuple[float, float, float]:
-    config = replace(request.preset.config.model, depth=depth)
-    began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
-        model = CausalVideoTransformer(config, request.backend)
-        making = time.perf_counter() - began
-        randomize(model)
-    model = model.to(request.device, request.dtype).eval().requires_grad_(False)
-    context = _full_context(model, request.context_frames)
-    noisy = torch.randn(_shape(config), device=request.device)
-    timestep = torch.full((1,), 500, device=request.device)
-    longest = MEASURE_SECONDS / 8
-    step = _seconds(lambda: context.predict(noisy, timestep), request.device, longest)
-    plan = context.cache.plan(config.chunk_frames, clean=True)
+class _Probe:
+    """A model of the preset's width and window, ``depth`` blocks deep, with a cache."""
 
-    def write() -> None:
-        """The same chunk again and again."""
-        model(noisy, timestep.new_zeros(1), plan, context.cache)
-        context.cache.frames -= config.chunk_frames
+    def __init__(self, request: Request, depth: int) -> None:
+        self.full = request.preset.config.model
+        self.config = replace(self.full, depth=depth)
+        began = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            model = CausalVideoTransformer(self.config, request.backend)
+            self.making_seconds = time.perf_counter() - began
+            randomize(model)
+        self._model = model.to(request.device, request.dtype).eval().requires_grad_(False)
+        self._context = _full_context(self._model, request.context_frames)
+        self._plan = self._context.cache.plan(self.config.chunk_frames, clean=True)
+        self._noisy = torch.randn(_shape(self.config), device=request.device)
+        self._timestep = torch.full((1,), 500, device=request.device)
+        self.step()  # warm-up
+        self.write()
 
-    return step, _seconds(write, request.device, longest), making
+    def step(self) -> float:
+        """Seconds of a denoising step."""
+        return self._timed(lambda: self._context.predict(self._noisy, self._timestep))
+
+    def write(self) -> float:
+        """Seconds of a cache write, of the same chunk again and again."""
+        cache = self._context.cache
+        seconds = self._timed(lambda: self._model(self._noisy, self._timestep * 0, self._plan, cache))
+        cache.frames -= self.config.chunk_frames
+        return seconds
+
+    def share(self, flops: Callable[[ModelConfig, int], int]) -> float:
+        """How many times as much the full depth has to do."""
+        window = self._context.clock.context_frames
+        return flops(self.full, window) / flops(self.config, window)
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        synchronize(self._model.device)
+        began = time.perf_counter()
+        call()
+        synchronize(self._model.device)
+        return time.perf_counter() - began
 
 
 def _sampler_seconds(request: Request) -> float:
