@@ -169,7 +169,7 @@ class _Live(TorchDispatchMode):
     """Bytes of tensors that are alive, of those that came to be within."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 

@@ -20,7 +20,16 @@ METHOD = CONFIG | {"attention", "frame_plan", "kv_cache", "layers", "model", "di
 VIDEO = CONFIG | {"video_io", "data"}
 WEIGHTS = PRESETS | METHOD | {"runtime", "plugins", "autoencoder", "checkpoint"}
 PIPELINE = WEIGHTS | VIDEO | {"pipeline"}
-TRAINING = {"distillation", "objective", "processes", "rollout", "run_folder", "training_log", "validation"}
+TRAINING = {
+    "distillation",
+    "objective",
+    "optimizers",
+    "processes",
+    "rollout",
+    "run_folder",
+    "training_log",
+    "validation",
+}
 COMMANDS = PIPELINE | {
     "__init__",
     "interrupts",
@@ -59,7 +68,8 @@ ALLOWED: dict[str, set[str]] = {
     "distillation": CONFIG | {"diffusion", "model", "objective", "sampler"},
     "rollout": CONFIG | {"generation", "kv_cache", "model", "sampler"},
     "generation": METHOD - {"generation"} | {"runtime"},
-    "video_io": CONFIG,
+    "optimizers": CONFIG | {"runtime"},
+    "video_io": CONFIG | {"interrupts"},
     "data": VIDEO - {"data"},
     "autoencoder": VIDEO,
     "checkpoint": WEIGHTS - {"checkpoint", "plugins", "sampler"},
