@@ -143,7 +143,7 @@ def _print(report: dict[str, Any]) -> None:
     out.print(report["verdict"], style=style, markup=False)
     out.print(
         f"{report['preset']} ({weights}) on {report['device']} in {report['dtype']}, "
-        f"{report['frames']} frames in chunks of {report['chunk_frames']}, {report['steps']} steps, "
+        f"{report['frames']} frames in chunks of {report['chunk_frames']}, {report['steps']} step{'' if report['steps'] == 1 else 's'}, "
         f"{report['tokens_per_frame']} tokens a frame, weights {size(report['weights_bytes'])}, "
         f"matrix products at {report['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s",
         markup=False,
