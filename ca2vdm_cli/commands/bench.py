@@ -139,11 +139,12 @@ def _write(request: Request, report: dict[str, Any]) -> None:
 def _print(report: dict[str, Any]) -> None:
     out = output_console()
     weights = "trained weights" if report["trained"] else "random weights"
+    steps = f"{report['steps']} step{'' if report['steps'] == 1 else 's'}"
     style = "bold red" if report["outputs_agree"] is False else "bold"
     out.print(report["verdict"], style=style, markup=False)
     out.print(
         f"{report['preset']} ({weights}) on {report['device']} in {report['dtype']}, "
-        f"{report['frames']} frames in chunks of {report['chunk_frames']}, {report['steps']} step{'' if report['steps'] == 1 else 's'}, "
+        f"{report['frames']} frames in chunks of {report['chunk_frames']}, {steps}, "
         f"{report['tokens_per_frame']} tokens a frame, weights {size(report['weights_bytes'])}, "
         f"matrix products at {report['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s",
         markup=False,
