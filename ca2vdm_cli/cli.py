@@ -53,12 +53,6 @@ class AspectName(str, Enum):
     stretch = "stretch"
 
 
-class Opponent(str, Enum):
-    """What ``bench`` compares the cache with."""
-
-    recompute = "recompute"
-
-
 PresetOption = Annotated[
     str | None, typer.Option(help="A preset's name, file or folder (see `ca2vdm presets`). Default: moving-digits.")
 ]
@@ -274,7 +268,14 @@ def train(
 
 @app.command()
 def bench(
-    compare: Annotated[Opponent, typer.Option(help="What to compare the cache with.")] = Opponent.recompute,
+    compare: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,NAME,…",
+            help="Whom to compare the cache with: recompute, recompute-extendable, bidirectional, fixed-window, "
+            "per-step-cache; cached measures it alone.",
+        ),
+    ] = "recompute",
     preset: Annotated[
         str | None, typer.Option(help="A preset's name, file or folder. Default: bench-small.", show_default=False)
     ] = None,
@@ -282,37 +283,102 @@ def bench(
     frames: Annotated[
         int | None, typer.Option(min=1, help="Length in frames. Default: two chunks past the window.")
     ] = None,
+    context_frames: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P,P,…",
+            help="Window of the video; at each further one a chunk is measured. Default: the preset's.",
+        ),
+    ] = None,
+    fixed_window: Annotated[int | None, typer.Option(min=1, help="Window of fixed-window. Default: one chunk.")] = None,
     steps: StepsOption = None,
     sampler: SamplerOption = None,
     seed: SeedOption = 0,
+    repeat: Annotated[int, typer.Option(min=1, help="Make the video so many times; medians over all.")] = 1,
+    backend: Annotated[
+        str,
+        typer.Option(metavar="NAME,NAME,…", help="How to run the model (see `ca2vdm backends`), one after another."),
+    ] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = DtypeName.auto,
+    set_: SetOption = None,
+    json: Annotated[
+        str | None,
+        typer.Option(metavar="[FILE]", help="All figures as one JSON object, in a file or else on standard output."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A row for every chunk, as CSV.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="A report with plots, in one HTML file.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="The plots alone, as PNG.")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure what the cache gains.
+
+    All contestants have the same weights, seed, backend and precision, and take turns in one run.
+    """
+    from .commands.bench import Request, run
+
+    run(
+        Request(
+            compare=compare,
+            preset=preset or ("bench-small" if checkpoint is None else None),
+            checkpoint=checkpoint,
+            frames=frames,
+            context_frames=context_frames,
+            fixed_window=fixed_window,
+            steps=steps,
+            sampler=sampler,
+            seed=seed,
+            repeat=repeat,
+            backend=backend,
+            device=device,
+            dtype=dtype.value,
+            overrides=set_ or [],
+            json=json,
+            csv=csv,
+            html=html,
+            plot=plot,
+            quiet=quiet,
+        )
+    )
+
+
+@app.command()
+def plan(
+    preset: PresetOption = None,
+    checkpoint: CheckpointOption = None,
+    frames: FramesOption = None,
+    steps: StepsOption = None,
+    sampler: SamplerOption = None,
     context_frames: ContextOption = None,
+    cache_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What the cache may take, e.g. 1GiB. Default: what is available.")
+    ] = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = DtypeName.auto,
     set_: SetOption = None,
     json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """Measure what the cache gains.
+    """Say what a video will take before it is made.
 
-    Both strategies have the same weights, seed, backend and precision, and take turns in one run.
+    Cache, memory, operations and time, the last from some two seconds of measuring this machine; and the longest window
+    that fits the cache budget.
     """
-    from .commands.bench import run
+    from .commands.plan import run
 
     run(
-        preset or ("bench-small" if checkpoint is None else None),
+        preset,
         checkpoint,
         frames,
         steps,
         sampler,
-        seed,
         context_frames,
+        cache_budget,
         backend,
         device,
         dtype.value,
         set_ or [],
         as_json=json,
-        quiet=quiet,
     )
 
 
@@ -411,6 +477,19 @@ def _request(values: dict[str, Any]) -> dict[str, Any]:
     return request | enums | {"overrides": values["set_"] or [], "as_json": values["json"]}
 
 
+def _bare_json(arguments: list[str]) -> list[str]:
+    """``bench --json`` without a file means standard output, which typer can't express."""
+    if arguments[:1] != ["bench"]:
+        return arguments
+    out: list[str] = []
+    for i, argument in enumerate(arguments):
+        out.append(argument)
+        following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+        if argument == "--json" and following.startswith("-") and following != "-":
+            out.append("-")
+    return out
+
+
 def run(arguments: list[str]) -> int:
     """Run a command line; returns its exit code, and lets errors, Ctrl-C and closed pipes through.
 
@@ -419,7 +498,7 @@ def run(arguments: list[str]) -> int:
     """
     command = typer.main.get_command(app)
     try:  # not command.main(), which would handle Ctrl-C and closed pipes itself: print, and exit with 1
-        with command.make_context("ca2vdm", arguments or ["--help"]) as context:
+        with command.make_context("ca2vdm", _bare_json(arguments) or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code

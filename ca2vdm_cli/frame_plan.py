@@ -25,8 +25,8 @@ class FramePlan:
     """Whether this shape comes again and again, so that compiling it pays: a whole chunk, or a full window."""
     positions: Tensor
     """(T,) or (B, T) int64: entries of the position table, or frame numbers for rope."""
-    temporal_mask: Tensor
-    """(T, K) bool: which frames a frame sees; K is T without a cache and R with one."""
+    temporal_mask: Tensor | None
+    """(T, K) bool: which frames a frame sees; K is T without a cache and R with one. None where all see all."""
     rotation: tuple[Tensor, Tensor] | None = None
     """rope: cosines and sines (T, E) of the frames' rotation."""
     prefix_frames: Tensor | None = None

@@ -94,6 +94,24 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had: of the GPU, or of the machine, where the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    return None
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now, libraries included; the highest so far where only that is known."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS:"))
+    except (OSError, StopIteration):
+        return peak_memory(torch.device("cpu"))
+
+
 class PeakMemory:
     """By how much memory rises at the highest, from now on.
 

@@ -26,7 +26,7 @@ causal mask makes 1e-3 and more: float32 tells them from rounding, half precisio
 
 
 def agree(comparison: ChunkComparison, dtype: torch.dtype) -> bool:
-    """Whether the strategies gave the same outputs for a chunk, up to rounding."""
+    """Whether the contestants gave the same outputs for a chunk, up to rounding."""
     return comparison.difference <= STEP_TOLERANCE[dtype] * comparison.scale
 
 

@@ -36,7 +36,7 @@ from ca2vdm_cli.trainer import Trainer
 from ca2vdm_cli.video_io import Aspect, Frame, Geometry, VideoWriter, open_reader, open_writer, to_channels, write_image
 
 GOLDEN = Path(__file__).parent / "golden" / "cyclic_prev2.safetensors"
-COMMANDS = ["sample", "extend", "train", "bench", "verify", "import", "backends", "presets", "presets show"]
+COMMANDS = ["sample", "extend", "train", "bench", "plan", "verify", "import", "backends", "presets", "presets show"]
 RUN = ["--device", "cpu", "--backend", "eager"]
 GENERATE = [*RUN, "--dtype", "float32", "--steps", 3]
 WINDOW, CHUNK = 9, 4  # of the tiny preset
@@ -749,7 +749,7 @@ def test_bench_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm("bench", *EXACT) == 0
     text = capsys.readouterr().out
     assert re.search(r"cached is \d+\.\d\d× (faster|slower) than recompute at a 9-frame window", text)
-    for words in ("random weights", "cached", "recompute", "ratio", "a chunk", "in total", "peak"):
+    for words in ("random weights", "cached", "recompute", "×", "a chunk", "in total", "peak", "∝ framesᵉ"):
         assert words in text
 
 
@@ -768,6 +768,7 @@ def test_bench_uses_weights_where_there_are_some(report: Callable[..., Any], wei
 
 def shifted_mask(plan: FramePlan) -> FramePlan:
     """A chunk sees the wrong slot of the ring."""
+    assert plan.temporal_mask is not None
     return replace(plan, temporal_mask=plan.temporal_mask.roll(1, 1))
 
 

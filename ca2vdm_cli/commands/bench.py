@@ -2,97 +2,188 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bench import run_bench, whole_chunks
-from ..pipeline import Pipeline
-from ..terminal import ProgressBar, duration, output_console, print_json, size, table
+from ..bench import Settings, add_autoencoder, count_chunks, environment, run_bench
+from ..bench_report import (
+    COSTS_NOTE,
+    OTHER_VIDEOS,
+    TIME,
+    WORK,
+    as_csv,
+    as_html,
+    costs_table,
+    slide_note,
+    verdict,
+    warnings,
+    write_text,
+)
+from ..config import TemporalPositions
+from ..errors import UsageError
+from ..figures import as_svg, require_matplotlib, save_png
+from ..opponents import Contestant
+from ..pipeline import Pipeline, find_weights
+from ..terminal import ProgressBar, duration, note, output_console, print_json, size, table
 
 
-def run(
-    preset: str | None,
-    checkpoint: Path | None,
-    frames: int | None,
-    steps: int | None,
-    sampler: str | None,
-    seed: int,
-    context_frames: int | None,
-    backend: str,
-    device: str,
-    dtype: str,
-    overrides: list[str],
-    *,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Measure and report."""
-    pipeline = Pipeline.load(
-        preset,
-        checkpoint=checkpoint,
-        overrides=overrides,
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        random_weights=True,
-        pixels=False,
-        seed=seed,
-    )
-    chunks, length = whole_chunks(pipeline, frames, context_frames), pipeline.config.model.chunk_frames
-    with ProgressBar("benchmark", chunks, chunks * length, quiet=quiet) as bar:
-        report = run_bench(
-            pipeline,
-            chunks,
-            steps=steps,
-            sampler=sampler,
-            seed=seed,
-            context_frames=context_frames,
-            on_chunk=lambda row: bar.advance(finished=(row.index + 1) * length),
+@dataclass(frozen=True)
+class Request:
+    """The flags."""
+
+    compare: str
+    preset: str | None
+    checkpoint: Path | None
+    frames: int | None
+    context_frames: str | None
+    fixed_window: int | None
+    steps: int | None
+    sampler: str | None
+    seed: int
+    repeat: int
+    backend: str
+    device: str
+    dtype: str
+    overrides: list[str]
+    json: str | None
+    csv: Path | None
+    html: Path | None
+    plot: Path | None
+    quiet: bool
+
+    def settings(self) -> Settings:
+        """What they ask to measure."""
+        return Settings(
+            opponents=_opponents(self.compare),
+            frames=self.frames,
+            context_frames=_windows(self.context_frames),
+            fixed_frames=self.fixed_window,
+            steps=self.steps,
+            sampler=self.sampler,
+            seed=self.seed,
+            repeat=self.repeat,
         )
-    if as_json:
+
+    def load(self, backend: str, windows: tuple[int, ...]) -> Pipeline:
+        """The model on one of the backends."""
+        return Pipeline.load(
+            self.preset,
+            checkpoint=self.checkpoint,
+            overrides=[*self.overrides, *self._longer_table(windows)],
+            backend=backend,
+            device=self.device,
+            dtype=self.dtype,
+            random_weights=True,
+            pixels=False,
+            seed=self.seed,
+        )
+
+    def _longer_table(self, windows: tuple[int, ...]) -> list[str]:
+        """Random weights are used to no positions, so the table may grow with the longest window."""
+        loaded, weights = find_weights(self.preset, self.checkpoint, self.overrides)
+        model = loaded.config.model
+        needed = max(windows, default=0) + model.chunk_frames
+        if weights is not None or model.temporal_positions is TemporalPositions.ROPE or needed <= model.table_length:
+            return []
+        return [f"model.position_table={needed}"]
+
+
+def run(request: Request) -> None:
+    """Measure and report."""
+    settings = request.settings()
+    files = [Path(request.json)] if request.json not in (None, "-") else []
+    files += [path for path in (request.csv, request.html, request.plot) if path is not None]
+    for path in files:
+        if not path.parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.parent}")
+    if request.html is not None or request.plot is not None:
+        require_matplotlib()
+
+    parts = []
+    report: dict[str, Any] = {}
+    for backend in dict.fromkeys(_listed(request.backend, "--backend")):
+        pipeline = request.load(backend, settings.context_frames)
+        add_autoencoder(pipeline)
+        chunks = count_chunks(pipeline, settings)
+        report = report or environment(pipeline)
+        name = f"benchmark, {pipeline.backend.name}"
+        with ProgressBar(name, chunks, chunks, quiet=request.quiet, unit="chunks") as bar:
+            done = iter(range(1, chunks + 1))
+            parts.append(
+                run_bench(pipeline, settings, on_chunk=lambda _, bar=bar, done=done: bar.advance(finished=next(done)))  # type: ignore[misc]
+            )
+    report |= parts[0] | {"other_backends": parts[1:]}
+    report = {"verdict": verdict(report), **report}
+    _write(request, report)
+    if request.json == "-":
         print_json(report)
     else:
         _print(report)
+    for path in files:
+        note(f"→ {path}", quiet=request.quiet)
+
+
+def _write(request: Request, report: dict[str, Any]) -> None:
+    if request.json not in (None, "-"):
+        write_text(Path(request.json), json.dumps(report, indent=1) + "\n")
+    if request.csv is not None:
+        write_text(request.csv, as_csv(report))
+    if request.html is not None:
+        write_text(request.html, as_html(report, as_svg(report), size, duration))
+    if request.plot is not None:
+        save_png(report, request.plot)
 
 
 def _print(report: dict[str, Any]) -> None:
     out = output_console()
     weights = "trained weights" if report["trained"] else "random weights"
-    speedup = report["speedup"]
-    if speedup:
-        ratio = f"{speedup:.2f}× faster" if speedup >= 1 else f"{1 / speedup:.2f}× slower"
-        verdict = f"cached is {ratio} than recompute at a {report['context_frames']}-frame window"
-    else:
-        verdict = "no chunk saw a full window: ask for more --frames"
-    apart = f"{report['max_abs_difference_before_slide']:.1e}"
-    exact = f"outputs equal to {apart}" if report["outputs_agree"] else f"[red]outputs DIFFER by {apart}[/]"
-    out.print(f"[bold]{verdict}, {exact} until the window slides (largest output {report['max_abs_output']:.1f})[/]")
+    steps = f"{report['steps']} step{'' if report['steps'] == 1 else 's'}"
+    style = "bold red" if report["outputs_agree"] is False else "bold"
+    out.print(report["verdict"], style=style, markup=False)
     out.print(
-        f"{report['preset']} ({weights}), {report['backend']} on {report['device']} in {report['dtype']}, "
-        f"{report['frames']} frames in chunks of {report['chunk_frames']}, {report['steps']} steps, "
-        f"{report['tokens_per_frame']} tokens a frame, weights {size(report['weights_bytes'])}"
+        f"{report['preset']} ({weights}) on {report['device']} in {report['dtype']}, "
+        f"{report['frames']} frames in chunks of {report['chunk_frames']}, {steps}, "
+        f"{report['tokens_per_frame']} tokens a frame, weights {size(report['weights_bytes'])}, "
+        f"matrix products at {report['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s",
+        markup=False,
     )
+    for run in (report, *report["other_backends"]):
+        out.print()
+        for wanted in (TIME, WORK):
+            columns, rows = costs_table(run, size, duration, wanted)
+            out.print(table([run["backend"], *columns[1:]], rows))
+            out.print()
+    for line in filter(None, [COSTS_NOTE, slide_note(report), OTHER_VIDEOS if _other_videos(report) else ""]):
+        out.print(line, markup=False)
+    for line in warnings(report):
+        out.print(f"[yellow]warning:[/] {line}")
 
-    def shown(seconds: float | None) -> str:
-        return "–" if seconds is None else duration(seconds)
 
-    rows = [
-        [
-            name,
-            shown(result["steady_seconds_per_step"]),
-            shown(result["cache_write_seconds"]) if name == "cached" else "–",
-            shown(result["steady_seconds_per_chunk"]),
-            shown(result["seconds"]),
-            size(result["context_bytes"]),
-            "–" if result["peak_memory_bytes"] is None else size(result["peak_memory_bytes"]),
-        ]
-        for name, result in report["results"].items()
-    ]
-    ratios = [report["speedup_per_step"], None, report["speedup"], report["speedup_total"]]
-    rows.append(["ratio", *("" if ratio is None else f"{ratio:.2f}×" for ratio in ratios), "", ""])
-    out.print(table(["", "a step>", "cache write>", "a chunk>", "in total>", "kept>", "peak>"], rows))
-    if report["max_abs_difference_after_slide"] is not None:
-        out.print(
-            f"after the window slides they differ by {report['max_abs_difference_after_slide']:.1e}: a recomputed "
-            "frame has lost the frames before the window, a cached one remembers them"
-        )
+def _other_videos(report: dict[str, Any]) -> bool:
+    return any(not Contestant(name).exact for name in report["results"])
+
+
+def _opponents(compare: str) -> tuple[Contestant, ...]:
+    known = [one.value for one in Contestant]
+    for name in (names := _listed(compare, "--compare")):
+        if name not in known:
+            raise UsageError(f"--compare {name}: is none of {', '.join(known)}")
+    return tuple(one for one in map(Contestant, dict.fromkeys(names)) if one is not Contestant.CACHED)
+
+
+def _windows(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    parts = _listed(text, "--context-frames")
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"--context-frames {text}: must be a number of frames, or several such as 25,9,57")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _listed(text: str, flag: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"{flag} {text}: an entry is empty")
+    return parts

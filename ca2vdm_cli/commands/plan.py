@@ -1,0 +1,116 @@
+"""``plan``: what a run will take, before it is run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..errors import UsageError
+from ..forecast import Request, forecast
+from ..pipeline import find_weights
+from ..plugins import choose_backend
+from ..runtime import Dtype, resolve_device, resolve_dtype
+from ..terminal import duration, output_console, print_json, size, status
+
+_UNITS = {"": 1, "B": 1, **{f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", start=1)}}
+_UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", start=1)}
+
+
+def run(
+    preset: str | None,
+    checkpoint: Path | None,
+    frames: int | None,
+    steps: int | None,
+    sampler: str | None,
+    context_frames: int | None,
+    cache_budget: str | None,
+    backend: str,
+    device: str,
+    dtype: str,
+    overrides: list[str],
+    *,
+    as_json: bool,
+) -> None:
+    """Predict and report."""
+    loaded, weights = find_weights(preset, checkpoint, overrides)
+    where = resolve_device(device)
+    number = resolve_dtype(Dtype(dtype), where)
+    sampling = loaded.config.sampling
+    request = Request(
+        loaded,
+        choose_backend(backend, where, number),
+        where,
+        number,
+        frames=frames or sampling.frames,
+        steps=steps or sampling.steps,
+        sampler=sampler or sampling.sampler,
+        context_frames=context_frames,
+        cache_budget=None if cache_budget is None else _bytes(cache_budget),
+        weights_file_bytes=0 if weights is None else weights.stat().st_size,
+    )
+    with status("measuring the machine"):
+        report = forecast(request)
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
+    if not match or match[2] not in _UNITS:
+        raise UsageError(f"--cache-budget {text}: must be a size such as 1GiB, 512MiB or 2GB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _print(report: dict[str, Any]) -> None:
+    out = output_console()
+    verdict = (
+        f"{report['frames']} frames in about {duration(report['seconds'])} and {size(report['peak_memory_bytes'])}"
+    )
+    out.print(f"[bold]{verdict} of memory[/]" + ("" if report["fits"] else " [bold red]that is not available[/]"))
+    out.print(
+        f"{report['preset']}, cached, {report['sampler']} × {report['steps']} steps, {report['context_frames']}-frame "
+        f"window, {report['backend']} on {report['device']} in {report['dtype']}",
+        style="dim",
+        markup=False,
+    )
+    time = [
+        f"{duration(report['seconds_per_step'])} a step",
+        f"{duration(report['cache_write_seconds'])} a cache write",
+        f"{duration(report['seconds_per_chunk'])} a chunk",
+        f"first chunk after {duration(report['first_chunk_seconds'])}",
+        f"{report['frames_per_second']:.3g} frames/s",
+    ]
+    memory = [
+        f"cache {size(report['cache_bytes'])}",
+        f"weights {size(report['weights_bytes'])}",
+        f"computing {size(max(report[f'{part}_rise_bytes'] for part in ('step', 'write', 'decode')))}",
+        f"process {size(report['process_bytes'])}",
+    ]
+    rows = [
+        ["time", ", ".join(time)],
+        ["memory", ", ".join(memory)],
+        ["operations", f"{report['flops'] / 1e12:.3g} TFLOP, {report['flops_per_step'] / 1e9:.3g} GFLOP a step"],
+        ["window", _window(report)],
+    ]
+    lines = Table.grid(padding=(0, 2))
+    for name, text in rows:
+        lines.add_row(f"  {name}", text)
+    out.print(lines)
+
+
+def _window(report: dict[str, Any]) -> str:
+    fits, longest = report["largest_window_in_budget"], report["largest_window_of_positions"]
+    parts = []
+    if fits is not None:
+        parts.append(f"a cache of {size(report['cache_budget_bytes'])} holds {fits} frames")
+    if longest is not None:
+        parts.append(f"the model's positions reach {longest}")
+    proposal = report["largest_window"]
+    if proposal is not None:
+        parts.append(f"--context-frames {proposal} is the most" if proposal else "too little for any window")
+    return ", ".join(parts)
