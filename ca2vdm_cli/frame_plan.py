@@ -26,9 +26,13 @@ class FramePlan:
     positions: Tensor
     """(T,) or (B, T) int64: entries of the position table, or frame numbers for rope."""
     temporal_mask: Tensor | None
-    """(T, K) bool: which frames a frame sees; K is T without a cache and R with one. None where all see all."""
+    """(T, K) bool: which frames a frame sees; K is T (and the moved copies) without a cache and R with one. None where
+    all see all."""
     rotation: tuple[Tensor, Tensor] | None = None
     """rope: cosines and sines (T, E) of the frames' rotation."""
+    moved: tuple[Tensor, Tensor, Tensor] | None = None
+    """rope sinks of a clip that outgrows the window: which of the T frames the copies of keys (N,) int64 are of, and
+    the cosines and sines (N, E) of how far each has moved along. A chunk sees its own copies."""
     prefix_frames: Tensor | None = None
     """(J, K) int64, without a cache: which clean frames the frames of each noisy chunk look at."""
     prefix_seen: Tensor | None = None
@@ -152,7 +156,9 @@ def sequence_plan(
     mask = within_chunk_mask(frames, clean_frames, config.causality)
     turns = rotation(config, positions, device)
     looked_at = torch.tensor([_spatial_prefix(config, clean_frames)], dtype=torch.int64).to(device)
-    return FramePlan(clean_frames, recurs, positions.to(device), mask.to(device), turns, looked_at)
+    return FramePlan(
+        clean_frames, recurs, positions.to(device), mask.to(device), rotation=turns, prefix_frames=looked_at
+    )
 
 
 def _spatial_prefix(config: ModelConfig, clean_frames: int) -> list[int]:
@@ -169,22 +175,19 @@ def parallel_plan(config: ModelConfig, clock: FrameClock, first: int, chunks: in
     sees what it would have seen when it was written to the queue. So a clip longer than the window is learned under
     the very eviction that a long video is generated with.
 
+    Rope sinks move along with the window, so each chunk after it has slid has copies of their keys, turned as the queue
+    would have turned them.
+
     Args:
         first: clean frames before the first noisy chunk.
         chunks: J; the clip has first + J·l frames, of which the last chunk's are not needed clean.
-
-    Raises:
-        UsageError: rope sinks move along with the window, which positions shared by all chunks can't express.
     """
     length, frames = config.chunk_frames, first + chunks * config.chunk_frames
-    if clock.sink_frames and clock.sink_shift(frames - length):
-        raise UsageError(
-            f"training.clip_frames: a clip of {frames} frames outgrows the window, and rope positions with sink_frames "
-            f"then differ from chunk to chunk; train on at most {clock.slots} frames, or without sinks"
-        )
     clean = frames - length
-    starts = range(first, frames, length)
-    mask = torch.zeros(clean + chunks * length, clean + chunks * length, dtype=torch.bool)
+    starts, sinks = range(first, frames, length), clock.sink_frames
+    shifts = [clock.sink_shift(start) for start in starts if sinks and clock.sink_shift(start)]
+    rows = clean + chunks * length
+    mask = torch.zeros(rows, rows + sinks * len(shifts), dtype=torch.bool)
     mask[:first, :first] = within_chunk_mask(first, first, config.causality)
     looked_at = torch.zeros(chunks, max(1, config.spatial_prefix_frames), dtype=torch.int64)
     seen = torch.zeros_like(looked_at, dtype=torch.bool)
@@ -193,20 +196,28 @@ def parallel_plan(config: ModelConfig, clock: FrameClock, first: int, chunks: in
         written = slice(start, min(start + length, clean))
         mask[noisy, noisy] = within_chunk_mask(length, 0, config.causality)
         mask[written, written] = within_chunk_mask(written.stop - start, written.stop - start, config.causality)
-        for rows in (noisy, written):
-            mask[rows, clock.context(start)] = True
+        copies = rows + sinks * (j - chunks + len(shifts))  # where this chunk's begin, if it has any
+        for part in (noisy, written):
+            mask[part, clock.context(start)] = True
+            if copies >= rows:
+                mask[part, :sinks], mask[part, copies : copies + sinks] = False, True
         prefix = _spatial_prefix(config, start)
         looked_at[j, : len(prefix)] = torch.tensor(prefix)
         seen[j, : len(prefix)] = True
     numbers = [*range(clean), *range(first, frames)]
     positions = torch.tensor([clock.position(f, start=0) for f in numbers])
-    turns = rotation(config, positions, device)
+    turns, moved = rotation(config, positions, device), None
+    if shifts:
+        turn = rotation(config, torch.tensor(shifts).repeat_interleave(sinks), device)
+        assert turn is not None
+        moved = (torch.arange(sinks).repeat(len(shifts)).to(device), *turn)
     return FramePlan(
         clean_frames=clean,
         recurs=True,
         positions=positions.to(device),
         temporal_mask=mask.to(device),
         rotation=turns,
+        moved=moved,
         prefix_frames=looked_at.to(device),
         prefix_seen=seen.to(device),
     )

@@ -206,6 +206,10 @@ class TemporalAttention(SelfAttention):
             q, k = rotate(q, *plan.rotation), rotate(k, *plan.rotation)
         if cache is not None:
             k, v = self._store(k, v, plan, cache)
+        if plan.moved is not None:
+            frames, *turn = plan.moved
+            k = torch.cat([k, rotate(k.index_select(2, frames), *turn)], dim=2)
+            v = torch.cat([v, v.index_select(2, frames)], dim=2)
         out = self.attend(q, k, v, plan.temporal_mask)  # (B*S, H, T, E)
         return self.merge(out.unflatten(0, (b, s)).permute(0, 3, 1, 2, 4))
 
