@@ -66,6 +66,18 @@ class TimestepEmbedder(nn.Module):
         return out
 
 
+def gelu(x: Tensor) -> Tensor:
+    """tanh-GELU (Hendrycks & Gimpel 2016), x·(1 + tanh u)/2 with u = √(2/π)·(x + 0.044715·x³), which is x·σ(2u).
+
+    PyTorch's tanh takes three times as long as its sigmoid on CPUs. In half precision it alone rounds only once.
+    """
+    if x.device.type != "cpu" or x.requires_grad or x.dtype.itemsize < 4:
+        return F.gelu(x, approximate="tanh")
+    scale = math.sqrt(8 / math.pi)
+    twice_u = (x * x).mul_(0.044715 * scale).add_(scale).mul_(x)
+    return twice_u.sigmoid_().mul_(x)
+
+
 class Mlp(nn.Module):
     """Linear, tanh-GELU, Linear."""
 
@@ -75,7 +87,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(gelu(self.fc1(x)))
         return out
 
 

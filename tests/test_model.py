@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ca2vdm_cli.config import ModelConfig, SpatialPrefix, TemporalPositions
 from ca2vdm_cli.frame_plan import FrameClock
 from ca2vdm_cli.kv_cache import KVCache
+from ca2vdm_cli.layers import gelu
 from ca2vdm_cli.model import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 
@@ -238,3 +239,16 @@ def test_every_weight_is_trained(make_model: MakeModel) -> None:
     model = make_model(**EVERYTHING).requires_grad_(True)
     denoise(model, latents(6), 4).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+# ------------------------------------------------------------------------------------------------------ activation
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0)])
+def test_gelu_is_pytorchs_with_and_without_a_gradient(dtype: torch.dtype, atol: float) -> None:
+    x = torch.linspace(-12, 12, 4801, dtype=dtype)
+    expected = nn.functional.gelu(x, approximate="tanh")
+    assert torch.allclose(gelu(x), expected, rtol=0, atol=atol)
+    again = x.clone().requires_grad_(True)
+    assert torch.equal(gelu(again), expected)
+    gelu(again).sum().backward()
+    assert again.grad is not None
+    assert float(again.grad[-1]) == 1
