@@ -1,0 +1,32 @@
+"""Everything about video files: single frames and their way to the model (``frames``), reading, writing."""
+
+from .frames import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    Aspect,
+    Frame,
+    Geometry,
+    Size,
+    contact_sheet,
+    to_channels,
+    write_image,
+)
+from .reading import VideoReader, open_reader
+from .writing import OutputFormat, VideoWriter, open_writer
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "Aspect",
+    "Frame",
+    "Geometry",
+    "OutputFormat",
+    "Size",
+    "VideoReader",
+    "VideoWriter",
+    "contact_sheet",
+    "open_reader",
+    "open_writer",
+    "to_channels",
+    "write_image",
+]
