@@ -1,19 +1,24 @@
-"""Small models that all tests share. Nothing here is trained; every weight is random, because a new model's added
-branches and last layer are zero and a test on it would pass whatever the branches did.
+"""Small models that all tests share, and what tests of the commands need.
+
+Every weight of ``make_model`` is random, because a new model's added branches and last layer are zero and a test on it
+would pass whatever the branches did.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_kit import GENERATE, RUN, Make, Refused, Report, ca2vdm, load
 
 from ca2vdm_cli.config import ModelConfig
 from ca2vdm_cli.model import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
+from ca2vdm_cli.video_io import Frame
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +76,57 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         T5EncoderModel(T5Config(vocab_size=len(WORDS), **sizes)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny preset after three steps, large ones, so that what it makes depends on the context."""
+    folder = tmp_path_factory.mktemp("trained") / "weights"
+    settings = ["--set", "training.learning_rate=0.03", "--set", "training.autoencoder_steps=2"]
+    assert ca2vdm("train", "--preset", "tiny", "--steps", 3, "--out", folder, "--quiet", *RUN, *settings) == 0
+    return folder
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def make(weights: Path) -> Make:
+    """``make("sample", ...)``: the frames that the command writes, exactly."""
+
+    def make(command: str, *arguments: object, out: str = "out.npz") -> list[Frame]:
+        assert ca2vdm(command, *arguments, "--preset", weights, *GENERATE, "-q", "--overwrite", "-o", out) == 0
+        return load(out)
+
+    return make
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """``refused(code, "sample", ...)``: the one line on standard error with which the command ends."""
+
+    def refused(code: int, *arguments: object) -> str:
+        assert ca2vdm(*arguments) == code
+        out, line = capsys.readouterr()
+        assert out == ""
+        assert line.startswith("error: ")
+        assert line.index("\n") == len(line) - 1
+        return line.rstrip("\n")
+
+    return refused
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str]) -> Report:
+    """``report("bench", ...)``: the object that ``--json`` prints."""
+
+    def report(*arguments: object, code: int = 0) -> Any:
+        assert ca2vdm(*arguments, "--json") == code
+        return json.loads(capsys.readouterr().out)
+
+    return report
 
 
 @torch.no_grad()
