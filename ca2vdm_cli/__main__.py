@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    _open_what_is_closed()
     _treat_termination_as_interrupt()
     try:
         from .cli import run
@@ -40,11 +42,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.strerror:  # a full disk, a file without permission
             where = error.filename if isinstance(error.filename, str) else "output"
             error = UserError(f"{where}: {error.strerror}; check permissions and free space")
+        if _is_out_of_memory(error):
+            error = UserError("out of memory; take a smaller batch, window or size (ca2vdm plan says what fits)")
         if not isinstance(error, UserError):
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             error = UserError(f"{what} (a fault of the program; --debug shows where, please report it)")
         print_error(error)
         return error.exit_code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has a type for a GPU's memory only, and says it in words of the processor's."""
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
+def _open_what_is_closed() -> None:
+    """A shell may close standard streams (``>&-``), which Python leaves as None: nothing is read or written there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - for as long as Python runs
+            atexit.register(stream.close)
+            setattr(sys, name, stream)
 
 
 def _treat_termination_as_interrupt() -> None:

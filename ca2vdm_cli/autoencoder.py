@@ -13,10 +13,11 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ca2vdm_cli.checkpoint import save_tensors
 from ca2vdm_cli.config import AutoencoderConfig, AutoencoderKind, TrainingConfig, VideoConfig
 from ca2vdm_cli.data import ClipSource
 from ca2vdm_cli.errors import UsageError, UserError
@@ -29,6 +30,10 @@ DECODER_SHARE = 0.2
 """Share of the steps that train the decoder alone, on whole frames, with the latents as they will be."""
 WARMUP_STEPS = 50
 """Steps over which the learning rate rises."""
+
+
+FRAMES_AT_ONCE = 64
+"""Frames that training and validation encode or decode together: a large autoencoder has large feature maps."""
 
 
 class Autoencoder(Protocol):
@@ -219,12 +224,9 @@ def _load_weights(autoencoder: ConvAutoencoder, path: Path) -> None:
 def save_autoencoder(autoencoder: ConvAutoencoder, path: Path) -> None:
     """Write the weights as safetensors, in half precision but for the latents' mean and variance."""
     state = {
-        key: (value if key.startswith("normalize.") else value.half()).cpu().contiguous()
-        for key, value in autoencoder.state_dict().items()
+        key: value if key.startswith("normalize.") else value.half() for key, value in autoencoder.state_dict().items()
     }
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file(state, temporary, metadata={"format": "pt"})
-    temporary.replace(path)
+    save_tensors(path, state, {"format": "pt"})
 
 
 def train_autoencoder(

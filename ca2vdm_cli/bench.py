@@ -286,6 +286,8 @@ class _Run:
                 {
                     "seconds_per_step": [list(row.times[contestant].step_seconds) for row in rows],
                     "write_seconds_per_chunk": [row.times[contestant].write_seconds for row in rows],
+                    "decode_seconds_per_chunk": [row.decode_seconds for row in rows],
+                    "encode_seconds_per_chunk": [row.encode_seconds for row in rows],
                 }
                 for rows in self.repeats
             ],

@@ -99,7 +99,7 @@ def as_csv(report: Report) -> str:
         for name, result in run["results"].items():
             for number, repeat in enumerate(result["repeats"]):
                 for chunk, steps in enumerate(repeat["seconds_per_step"]):
-                    write, decode = repeat["write_seconds_per_chunk"][chunk], result["decode_seconds_per_chunk"][chunk]
+                    write, decode = repeat["write_seconds_per_chunk"][chunk], repeat["decode_seconds_per_chunk"][chunk]
                     writer.writerow(
                         [
                             run["backend"],
@@ -112,7 +112,7 @@ def as_csv(report: Report) -> str:
                             write,
                             sum(steps),
                             decode,
-                            result["encode_seconds_per_chunk"][chunk],
+                            repeat["encode_seconds_per_chunk"][chunk],
                             write + sum(steps) + (decode or 0.0),
                             result["kept_bytes_per_chunk"][chunk],
                             result["step_flops_per_chunk"][chunk],

@@ -61,19 +61,13 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: not a readable safetensors file ({error}){advice}") from None
 
 
-def load_metadata(path: Path) -> dict[str, str]:
-    """A safetensors file's metadata alone."""
-    with _opened(path) as file:
-        return dict(file.metadata() or {})
-
-
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file so that a crash leaves either the old file or the new one.
 
     Raises:
         UserError: it can't be written there.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata or {})

@@ -67,7 +67,8 @@ SeedOption = Annotated[
 ]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk. Default: the preset's.")]
 SamplerOption = Annotated[
-    str | None, typer.Option(help="ancestral, ddim, dpm++, or a scheduler class of diffusers. Default: the preset's.")
+    str | None,
+    typer.Option(help="ancestral, ddim, dpm++, trailing, or a scheduler class of diffusers. Default: the preset's."),
 ]
 BackendOption = Annotated[str, typer.Option(help="How to run the model (see `ca2vdm backends`); auto picks the best.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
@@ -240,7 +241,8 @@ def train(
     if check_data:
         from .commands.check_data import run as check
 
-        check(preset, data, fit, set_ or [], as_json=json, quiet=quiet)
+        run_folder = distill if distill is not None and distill.is_dir() else out if resume else None
+        check(preset, checkpoint or run_folder, data, fit, set_ or [], as_json=json, quiet=quiet)
         return
     from .commands.train import Request, run
 

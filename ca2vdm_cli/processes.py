@@ -30,9 +30,9 @@ def launched() -> tuple[int, int]:
 
 
 def share_of(count: int) -> range:
-    """Which of ``count`` pieces of work are this process's: as even as can be, in order."""
+    """Which of ``count`` pieces of work are this process's: as even as can be, in order; the first has the most."""
     rank, processes = launched()
-    return range(count * rank // processes, count * (rank + 1) // processes)
+    return range(-(-count * rank // processes), -(-count * (rank + 1) // processes))
 
 
 def make_accelerator(device: str, precision: Precision, *, unused_parameters: bool = False) -> Accelerator:

@@ -162,13 +162,14 @@ class RunFolder:
     def publish(self, checkpoint: Path) -> None:
         """Put a checkpoint's averaged weights where ``sample`` looks for them, at once."""
         weights = checkpoint / WEIGHTS_FILE
-        temporary = self.path / f".{WEIGHTS_FILE}.partial"
+        temporary = self.path / f".{WEIGHTS_FILE}.{os.getpid()}.partial"
         temporary.unlink(missing_ok=True)
         try:
             os.link(weights, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(weights, temporary)
         temporary.replace(self.path / WEIGHTS_FILE)
+        temporary.unlink(missing_ok=True)  # where both were links to one file already, nothing was replaced
 
 
 def _number(folder: Path) -> int:

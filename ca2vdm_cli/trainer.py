@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import zero
 from .attention import Backend
-from .autoencoder import Autoencoder
+from .autoencoder import FRAMES_AT_ONCE, Autoencoder
 from .checkpoint import load_weights
 from .config import Preset, Schedule, Trainable, TrainingConfig
 from .data import Batch, ClipLoader, ClipSource, LatentClips
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 CLIP, STEP, ROLLOUT, TEXT = 1, 2, 3, 4
 """What random numbers are for: a clip's noise, a step's prefix length, a clip's rollout, or its text dropout."""
-ENCODED_TOGETHER = 64
-"""Frames that the autoencoder works on at once."""
 TEMPORAL_LAYERS = ("attn_temp", "attn_temp_pre_merge", "attn_cf")
 """Layers of a block that video adds to an image model."""
 
@@ -266,7 +264,7 @@ class Trainer:
         frames = clips.clips.to(self.device, non_blocking=True)
         if not isinstance(self.source, LatentClips):
             with self.accelerator.autocast():
-                parts = [self.autoencoder.encode(part) for part in frames.flatten(0, 1).split(ENCODED_TOGETHER)]
+                parts = [self.autoencoder.encode(part) for part in frames.flatten(0, 1).split(FRAMES_AT_ONCE)]
             frames = torch.cat(parts).unflatten(0, frames.shape[:2])
         return frames.float().transpose(1, 2)
 
@@ -426,8 +424,8 @@ def train(
 ) -> None:
     """Train to the last step, saving and validating as the preset says, and at the end.
 
-    An interrupt waits for the step's end and saves. A step that fails (a gradient that is not finite) saves nothing:
-    the last checkpoint is what to go on from.
+    A new run saves before its first step, to be resumed from there on. An interrupt waits for the step's end and saves.
+    A step that fails (a gradient that is not finite) saves nothing: the last checkpoint is what to go on from.
     """
     training, main = trainer.preset.training, trainer.accelerator.is_main_process
     with (
@@ -435,6 +433,8 @@ def train(
         TrainingLog(folder, trainer.step, active=main) as log,
         held_interrupts() as interrupted,
     ):
+        if trainer.step == 0:
+            trainer.save(folder)
         while trainer.step < trainer.steps and not any_process(trainer.accelerator, interrupted()):
             report = trainer.train_step()
             log.step(report)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .attention import Backend
-from .autoencoder import Autoencoder
+from .autoencoder import FRAMES_AT_ONCE, Autoencoder
 from .config import Preset, TrainingConfig
 from .data import ClipSource
 from .diffusion import NoiseProcess
@@ -23,7 +23,7 @@ from .model import CausalVideoTransformer
 from .objective import Draw, Objective
 from .sampler import make_sampler
 from .text_encoder import TextEncoder
-from .video_io import Frame, contact_sheet, open_writer, write_image
+from .video_io import contact_sheet, open_writer, write_image
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels that the held-out loss is measured at, as shares of the training timesteps."""
@@ -92,7 +92,7 @@ class Validator:
         write_image(stem.with_suffix(".png"), contact_sheet([v[i] for v in videos for i in columns], SHEET_COLUMNS))
         with open_writer(stem.with_suffix(".mp4"), fps=self.preset.video.fps, overwrite=True) as writer:
             for t in range(videos.shape[1]):
-                writer.write(_even(contact_sheet(list(videos[:, t]), columns=2)))
+                writer.write(contact_sheet(list(videos[:, t]), columns=2))
         return ValidationReport(
             step=step,
             loss=float(losses.mean()),
@@ -134,7 +134,8 @@ class Validator:
         chunks = -(-frames // config.chunk_frames) if longest is None else (longest - start) // config.chunk_frames
         made = generate(context, self.process, sampler, noise, chunks, given=given, caption=caption)
         latents = torch.cat([*([] if given is None else [given]), *(chunk.latents for chunk in made)], dim=2)
-        pixels = self.autoencoder.decode(latents.transpose(1, 2).flatten(0, 1))
+        parts = latents.transpose(1, 2).flatten(0, 1).split(FRAMES_AT_ONCE)
+        pixels = torch.cat([self.autoencoder.decode(part) for part in parts])
         pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
         return pixels.unflatten(0, (VIDEOS, -1)).permute(0, 1, 3, 4, 2).numpy()
 
@@ -142,14 +143,9 @@ class Validator:
         """The first held-out clips as latents (B, c, T, h, w), and their captions: embeddings and masks."""
         found = [(self.source.clip(index, frames), self.source.caption(index)) for index in range(count)]
         pixels = torch.stack([clip for clip, _ in found]).to(self.model.device)
-        latents = self.autoencoder.encode(pixels.flatten(0, 1)).float().unflatten(0, (count, frames)).transpose(1, 2)
+        parts = [self.autoencoder.encode(part).float() for part in pixels.flatten(0, 1).split(FRAMES_AT_ONCE)]
+        latents = torch.cat(parts).unflatten(0, (count, frames)).transpose(1, 2)
         text = self.model.unconditional_caption(count)
         if text is not None and self.text_encoder is not None:
             text = self.text_encoder([caption for _, caption in found], text)
         return latents, text
-
-
-def _even(frame: Frame) -> Frame:
-    """H.264 wants even sides: a white row or column is added."""
-    rows, columns = frame.shape[0] % 2, frame.shape[1] % 2
-    return np.pad(frame, ((0, rows), (0, columns), (0, 0)), constant_values=255)

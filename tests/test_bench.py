@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ca2vdm_cli import bench
+from ca2vdm_cli import bench, commands
 from ca2vdm_cli.__main__ import main
 from ca2vdm_cli.bench_report import verdict
 from ca2vdm_cli.model import CausalVideoTransformer
@@ -249,6 +249,9 @@ def test_csv_has_a_row_for_every_chunk(written: Path, report: dict[str, Any]) ->
     assert [float(row["denoise_seconds"]) for row in ours] == pytest.approx([sum(chunk) for chunk in steps])
     assert [int(row["seen_frames"]) for row in ours] == result["seen_frames_per_chunk"]
     assert [int(row["first_frame"]) for row in ours] == [CHUNK * i for i in range(CHUNKS)]
+    decoded = [float(row["decode_seconds"] or 0) for row in ours]
+    assert decoded == [seconds or 0 for seconds in result["repeats"][1]["decode_seconds_per_chunk"]]
+    assert any(decoded) and decoded != [seconds or 0 for seconds in result["decode_seconds_per_chunk"]]
     for row in ours:
         parts = (float(row[f"{part}_seconds"]) for part in ("cache_write", "denoise", "decode"))
         assert float(row["total_seconds"]) == pytest.approx(sum(parts))
@@ -283,14 +286,26 @@ def test_json_on_standard_output_may_stand_anywhere(capsys: pytest.CaptureFixtur
         (["--context-frames", "9,x"], "--context-frames 9,x: must be a number of frames, or several such as 25,9,57"),
         (["--context-frames", "0"], "--context-frames 0: must be a number of frames"),
         (["--html", "missing/out.html"], "missing/out.html: there is no folder missing"),
-        (["--backend", "sdpa,none"], "none"),
+        (["--backend", "sdpa,none"], "there is no backend 'none'"),
+        (["--csv", "."], ".: can't be written"),
     ],
 )
-def test_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], line: str) -> None:
+def test_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], line: str
+) -> None:
+    monkeypatch.setattr(commands.bench, "run_bench", lambda *_, **__: pytest.fail("it was measured"))
     assert main([*TINY, "--frames", "4", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert line in err
+
+
+def test_a_window_without_positions_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, weights: Path
+) -> None:
+    monkeypatch.setattr(commands.bench, "run_bench", lambda *_, **__: pytest.fail("it was measured"))
+    assert main(["bench", "--preset", str(weights), "--context-frames", "9,60"]) == 2
+    assert "context frames: 60 is more than the 9" in capsys.readouterr().err
 
 
 def test_plots_need_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

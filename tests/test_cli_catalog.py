@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -184,3 +185,13 @@ def test_program(program: list[str]) -> None:
         program = [script]
     run = subprocess.run([*program, "--version"], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, f"ca2vdm {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [("--version >&-", 0), ("presets show nope 2>&-", 2), ("extend - <&-", 1)]
+)
+def test_closed_streams(command: str, code: int) -> None:
+    program = f"exec {shlex.quote(sys.executable)} -W error -m ca2vdm_cli {command}"
+    run = subprocess.run(["sh", "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (run.returncode, run.stdout) == (code, "")
+    assert run.stderr.count("\n") == (code == 1), run.stderr

@@ -310,6 +310,18 @@ def test_fault_of_the_program_is_one_line_too(weights: Path, refused: Refused, m
     assert not Path("out.mp4").exists()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
+def test_too_little_memory_is_no_fault_of_the_program(
+    error: Exception, weights: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(KVCache, "plan", fail)
+    line = refused(1, "sample", "--preset", weights, *GENERATE, "-o", "out.mp4")
+    assert line == "error: out of memory; take a smaller batch, window or size (ca2vdm plan says what fits)"
+
+
 def test_overflow_is_not_written(weights: Path, refused: Refused) -> None:
     tensors, metadata = load_tensors(weights / WEIGHTS_FILE)
     broken = {key: value * 1e30 for key, value in tensors.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,16 @@ def test_a_folder_that_training_may_not_use(refused: Refused, out: str) -> None:
     assert Path("weights/ema.safetensors").read_text() == "somebody's"
 
 
+def test_a_run_can_be_resumed_from_its_very_beginning() -> None:
+    assert ca2vdm(*TRAIN, "--steps", 2, "--out", "whole", "-q", "--set", "training.keep_checkpoints=3") == 0
+    first = Path("whole/checkpoints/step-00000000")
+    assert first.is_dir()
+    shutil.copytree("whole", "killed")
+    shutil.rmtree("killed/checkpoints/step-00000002")
+    assert ca2vdm("train", *RUN, "--resume", "--out", "killed", "-q") == 0
+    assert Path("killed", WEIGHTS_FILE).read_bytes() == Path("whole", WEIGHTS_FILE).read_bytes()
+
+
 def test_finished_training_has_nothing_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm(*TRAIN, "--steps", 1, "--out", "run") == 0
     assert "trained to step 1" in capsys.readouterr().err
@@ -174,6 +185,9 @@ def test_distilling_a_run_gives_a_preset_of_few_steps(weights: Path, refused: Re
     assert "it takes v or flow" in refused(2, *request)
     assert ca2vdm(*request, "--set", "diffusion.prediction=v") == 0
     assert ca2vdm("train", *RUN, "--resume", "--steps", 3, "--out", "student", "-q") == 0
+    begun = ["--checkpoint", weights / WEIGHTS_FILE, "--set", "diffusion.prediction=v"]
+    assert ca2vdm("train", *RUN, "--distill", weights, "--steps", 1, "--out", "begun", "-q", *settings, *begun) == 0
+    assert load_preset("begun").config.video == load_preset(str(weights)).config.video
     preset = load_preset("student").config
     assert (preset.sampling.sampler, preset.sampling.steps) == ("trailing", 2)
     assert RunFolder(Path("student")).newest()[0].facts["teacher"] == str(weights.resolve())  # type: ignore[union-attr]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -146,3 +147,15 @@ def test_images_and_arrays_have_entries_of_their_own(tmp_path: Path) -> None:
     os.utime(file, ns=(1, 1))
     report = cache_latents(source, encoder, preset().autoencoder, tmp_path / "cache")[1]
     assert report.stale == {"1": "its content has changed"} and report.reused == 1
+
+
+def test_a_video_of_many_captions_is_encoded_once(folder: Path, autoencoder: ConvAutoencoder) -> None:
+    lines = [json.dumps({"path": "a.mp4", "text": text}) for text in ("one", "two", "three")]
+    (folder / "list.jsonl").write_text("\n".join(lines))
+    clips, report = fill(open_clips(folder / "list.jsonl", preset(), 0, FRAMES), autoencoder, folder)
+    assert (report.encoded, report.reused) == (1, 2)
+    assert len(list((folder.parent / "cache").iterdir())) == 1
+    assert {clips.caption(index) for index in range(12)} == {"one", "two", "three"}
+    (folder / "list.jsonl").write_text("\n".join(['{"path": "b.mp4"}', *lines]))
+    _, report = fill(open_clips(folder / "list.jsonl", preset(), 0, FRAMES), autoencoder, folder)
+    assert (report.encoded, report.reused) == (1, 3)

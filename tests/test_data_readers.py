@@ -20,7 +20,7 @@ from ca2vdm_cli.config import Crop, DataConfig, DataFormat, Preset, Split
 from ca2vdm_cli.data import MovingDigits, VideoClips, clips, open_clips, read_layout, records
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.presets import load_preset
-from ca2vdm_cli.video_io import Aspect, open_writer, write_image
+from ca2vdm_cli.video_io import open_writer, write_image
 
 LENGTH = 4
 
@@ -331,6 +331,8 @@ def test_jsonl(tmp_path: Path) -> None:
         {"path": "videos/\0.mp4"},
         [1],
         {"path": "pipe.mp4"},
+        {"path": "\ud800.mp4"},
+        {"path": "videos/video0.mp4", "text": "half of a \ud83d"},
     ]
     text = "\n".join(map(json.dumps, lines)) + "\n{not json\n\n" + "[" * 100_000
     (tmp_path / "train.jsonl").write_text("\ufeff" + text)
@@ -342,8 +344,9 @@ def test_jsonl(tmp_path: Path) -> None:
     assert reasons["line 3"] == reasons["line 4"] == "path must be relative and stay in the list's folder"
     assert "No such file" in reasons["line 6: videos/absent.mp4"]
     assert reasons["line 7"] == "empty is a folder without images"
-    assert {"line 5", "line 8", "line 9", "line 10", "line 11: pipe.mp4", "line 12", "line 14"} <= reasons.keys()
-    assert len(reasons) == 11
+    assert {"line 5", "line 8", "line 9", "line 10", "line 11: pipe.mp4", "line 14", "line 16"} <= reasons.keys()
+    assert reasons["line 12"] == reasons["line 13"] == "has half a character (a surrogate), which no text can hold"
+    assert len(reasons) == 13
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe\n", "not UTF-8"), (b"x" * 2**21, "longer than")])
@@ -382,7 +385,7 @@ def test_random_crops_keep_the_shape_and_stay_in_place_during_a_clip(tmp_path: P
         places.add(row[0].item())
     assert len(places) > 4
     assert clips_.crop(0, 8).shape == (1, 8, 8)
-    centre = open_clips(tmp_path, preset(crop=Crop.RANDOM), 0, LENGTH, aspect=Aspect.CROP).clip(0, 1)
+    centre = open_clips(tmp_path, preset(crop=Crop.CROP), 0, LENGTH).clip(0, 1)
     assert ((centre[0, 0, 0, 0] + 1) * 127.5).round().item() == 96
     write_image(tmp_path / "long.png", np.zeros((1, 5000, 3), np.uint8))
     assert source(tmp_path / "long.png", frames=1, crop=Crop.RANDOM, format="videos").clip(0, 1).shape[2:] == (32, 32)
@@ -408,7 +411,7 @@ def test_check_data_counts_everything(tmp_path: Path, capsys: pytest.CaptureFixt
     write_video(tmp_path / "short.mp4", pictures(3))
     (tmp_path / "bro[ken].mp4").write_bytes(b"nothing")
     window = load_preset("tiny").config.model.window_frames
-    check_data("tiny", tmp_path, None, [], as_json=True, quiet=False)
+    check_data("tiny", None, tmp_path, None, [], as_json=True, quiet=False)
     report = json.loads(capsys.readouterr().out)
     assert report["format"] == "videos"
     assert (report["videos"], report["usable_videos"], report["frames"]) == (4, 2, 40)
@@ -418,16 +421,28 @@ def test_check_data_counts_everything(tmp_path: Path, capsys: pytest.CaptureFixt
     assert report["resolutions"] == {"16x16": 1, "48x32": 1} and report["frame_rates"] == {"8": 2}
     assert report["rejects"]["short.mp4"] == f"3 frames, a clip has {window}"
     assert report["rejects"].keys() == {"short.mp4", "bro[ken].mp4"}
-    check_data("tiny", tmp_path, "crop", [], as_json=False, quiet=False)
+    check_data("tiny", None, tmp_path, "crop", [], as_json=False, quiet=False)
     text = capsys.readouterr()
     assert "bro[ken].mp4" in text.err and "48x32 (1)" in text.err and not text.out
+
+
+def test_check_data_counts_a_video_of_many_captions_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "a.mp4", pictures(24))
+    lines = [json.dumps({"path": "a.mp4", "text": text}) for text in ("one", "two", "three")]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    check_data("tiny", None, tmp_path / "list.jsonl", None, [], as_json=True, quiet=False)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["usable_videos"], report["captions"], report["frames"]) == (3, 3, 24)
+    assert report["hours"] == pytest.approx(3 / 3600)
 
 
 def test_check_data_of_nothing_usable(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"no usable video \(a\.mp4: cannot be read"):
-        check_data("tiny", tmp_path, None, [], as_json=True, quiet=False)
+        check_data("tiny", None, tmp_path, None, [], as_json=True, quiet=False)
     with pytest.raises(UsageError, match="name a data set with --data"):
-        check_data("tiny", None, None, [], as_json=True, quiet=False)
+        check_data("tiny", None, None, None, [], as_json=True, quiet=False)
+    with pytest.raises(UsageError, match="moving-digits is made on the fly"):
+        check_data("tiny", None, tmp_path, None, ["data.format=moving-digits"], as_json=True, quiet=False)
     with pytest.raises(UsageError, match="works on latents only"):
-        check_data("bench-small", tmp_path, None, [], as_json=True, quiet=False)
+        check_data("bench-small", None, tmp_path, None, [], as_json=True, quiet=False)

@@ -99,6 +99,8 @@ def test_a_step_that_is_saved_already_is_left_alone(folder: RunFolder) -> None:
     last, _ = folder.newest()
     assert last is not None and torch.equal(last.tensors(STATE_FILE)["model.w"], torch.full((50,), 6.0))
     assert torch.equal(load_tensors(folder.path / WEIGHTS_FILE)[0]["w"], torch.full((50,), 3.0))
+    folder.save(3, {}, files(9))  # published already
+    assert {path.name for path in folder.path.iterdir()} == {"checkpoints", WEIGHTS_FILE}
 
 
 def test_what_a_killed_save_left_is_cleared_away(folder: RunFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from ..bench_report import (
 from ..config import TemporalPositions
 from ..errors import UsageError
 from ..figures import as_svg, require_matplotlib, save_png
+from ..frame_plan import FrameClock
 from ..opponents import Contestant
 from ..pipeline import Pipeline, find_weights
+from ..plugins import choose_backend
 from ..terminal import ProgressBar, duration, note, output_console, print_json, size, table
 
 
@@ -98,18 +101,26 @@ def run(request: Request) -> None:
     for path in files:
         if not path.parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"{path}: can't be written; choose another file")
     if request.html is not None or request.plot is not None:
         require_matplotlib()
 
-    parts = []
+    parts: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
-    for backend in dict.fromkeys(_listed(request.backend, "--backend")):
-        pipeline = request.load(backend, settings.context_frames)
+    names = tuple(dict.fromkeys(_listed(request.backend, "--backend")))
+    for name in names:
+        pipeline = request.load(name, settings.context_frames)
+        if not parts:  # before anything is measured, what would be refused later
+            for other in names:
+                choose_backend(other, pipeline.model.device, pipeline.model.dtype)
+            for window in settings.context_frames:
+                FrameClock(pipeline.config.model, window)
         add_autoencoder(pipeline)
         chunks = count_chunks(pipeline, settings)
         report = report or environment(pipeline)
-        name = f"benchmark, {pipeline.backend.name}"
-        with ProgressBar(name, chunks, chunks, quiet=request.quiet, unit="chunks") as bar:
+        title = f"benchmark, {pipeline.backend.name}"
+        with ProgressBar(title, chunks, chunks, quiet=request.quiet, unit="chunks") as bar:
             done = iter(range(1, chunks + 1))
             parts.append(
                 run_bench(pipeline, settings, on_chunk=lambda _, bar=bar, done=done: bar.advance(finished=next(done)))  # type: ignore[misc]

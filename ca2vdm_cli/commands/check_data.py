@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..config import Crop, DataConfig
 from ..data import Layout, Video, read_layout
 from ..errors import UsageError, UserError
-from ..presets import DEFAULT_PRESET, load_preset
+from ..pipeline import find_weights
 from ..terminal import ProgressBar, console, note, print_json, table
 
 ROWS = 20
@@ -30,6 +30,7 @@ class _Found:
 
 def run(
     preset: str | None,
+    checkpoint: Path | None,
     data: Path | None,
     aspect: str | None,
     overrides: list[str],
@@ -43,7 +44,7 @@ def run(
         UsageError: there is nothing to read, or it is not what ``data.format`` says.
         UserError: nothing in it is usable; the message gives the reasons.
     """
-    loaded = load_preset(preset or DEFAULT_PRESET, overrides)
+    loaded, _ = find_weights(preset, checkpoint, overrides)
     config = loaded.config
     if config.video is None:
         raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
@@ -61,13 +62,14 @@ def run(
     sizes = Counter(f"{width}x{height}" for height, width in (video.size for video in found.values()))
     rates = Counter("none" if video.fps is None else f"{video.fps:.4g}" for video in found.values())
     captions = sum(video.caption is not None for video in layout.videos if video.name in found)
-    seconds = sum(video.frames / (video.fps or config.video.fps) for video in found.values())
+    different = {(v.file, v.part): found[v.name] for v in layout.videos if v.name in found}  # of any caption
+    seconds = sum(video.frames / (video.fps or config.video.fps) for video in different.values())
     report = {
         "data": str(data),
         "format": layout.format.value,
         "videos": len(layout.videos),
         "usable_videos": len(found),
-        "frames": sum(video.frames for video in found.values()),
+        "frames": sum(video.frames for video in different.values()),
         "hours": seconds / 3600,
         "clip_frames": frames,
         "stride": settings.stride,

@@ -29,7 +29,7 @@ def run(
     tensors = read_published(checkpoint)
     model = CausalVideoTransformer(loaded.config.model, backends()["eager"])
     report = load_weights(model, tensors, str(checkpoint), partial=partial, extra=True)
-    state = model.state_dict() if partial else {key: tensors[key] for key in report.matched}
+    state = {**(model.state_dict() if partial else {}), **{key: tensors[key] for key in report.matched}}
     if dtype != "auto":
         state = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
     save_tensors(output, state, {"format": "pt", "preset": loaded.name})

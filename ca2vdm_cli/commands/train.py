@@ -21,7 +21,7 @@ from ..model import CausalVideoTransformer
 from ..pipeline import find_weights
 from ..plugins import choose_backend
 from ..presets import LoadedPreset
-from ..processes import computes_half, make_accelerator
+from ..processes import computes_half, launched, make_accelerator
 from ..run_folder import AUTOENCODER_FILE, CHECKPOINTS, WEIGHTS_FILE, Checkpoint, RunFolder
 from ..terminal import ProgressBar, duration, note, print_json, size
 from ..text_encoder import TextEncoder
@@ -76,6 +76,8 @@ class Request:
                 raise UsageError(
                     f"--distill {distill}: the folder has a preset of its own; leave out --preset {preset}"
                 )
+            if checkpoint is not None and checkpoint.is_file() and distill.is_dir():
+                preset = str(distill)
             checkpoint = checkpoint or distill  # where the student begins
         if last is not None and preset is None and checkpoint is None:
             preset = str(self.out)
@@ -107,7 +109,7 @@ def run(request: Request) -> None:
     """Train and say how it went."""
     out = request.out
     last = _check_folder(out, request.resume, request.quiet)
-    if last is not None:
+    if last is not None and launched()[0] == 0:
         RunFolder(out).publish(last.folder)  # a killed run may not have come so far
     request = request.remembering(last)
     seed = request.seed or 0
@@ -158,7 +160,8 @@ def run(request: Request) -> None:
         raise
     if request.as_json:
         if main:
-            print_json(tally.report(out))
+            left_out = dict(clips.skipped) if isinstance(clips, Clips) else {}
+            print_json({**tally.report(out), "left_out": left_out})
         return
     tally.say(out, quiet)
     if isinstance(clips, Clips) and clips.skipped:
@@ -227,12 +230,16 @@ def _settled(loaded: LoadedPreset, request: Request) -> Preset:
         if config.diffusion.prediction is Prediction.EPSILON:
             raise UsageError("--distill: epsilon says nothing of the latents where all is noise; it takes v or flow")
         sampling = replace(sampling, sampler="trailing", steps=config.distillation.steps)
-    text = config.text
+    # the run may be sampled from another folder
+    text, autoencoder = config.text, config.autoencoder
     if text is not None and Path(text.path).is_dir():
-        text = replace(text, path=str(Path(text.path).resolve()))  # the run may be sampled from another folder
+        text = replace(text, path=str(Path(text.path).resolve()))
+    if autoencoder.path is not None and Path(autoencoder.path).is_dir():
+        autoencoder = replace(autoencoder, path=str(Path(autoencoder.path).resolve()))
     return replace(
         config,
         text=text,
+        autoencoder=autoencoder,
         training=replace(config.training, steps=request.steps or config.training.steps),
         sampling=sampling,
         data=replace(config.data, crop=Crop(request.aspect or config.data.crop)),

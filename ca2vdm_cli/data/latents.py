@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ca2vdm_cli.checkpoint import save_tensors
 from ca2vdm_cli.config import AutoencoderConfig, Crop
 from ca2vdm_cli.errors import UsageError, UserError
 
@@ -104,7 +103,7 @@ def cache_latents(
     entries: dict[int, tuple[Path, int]] = {}
     skipped = dict(source.skipped)
     for number, video in enumerate(source.videos):
-        path = folder / f"{hashlib.sha256(video.name.encode('utf-8', 'surrogateescape')).hexdigest()[:40]}.safetensors"
+        path = folder / _entry(video)
         try:
             key = settings | _identity(video)
             frames, problem = _check(path, key)
@@ -134,6 +133,12 @@ def weights_hash(autoencoder: Encoder) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _entry(video: Video) -> str:
+    """The name of a video's entry; a list may have the video many times, with other captions."""
+    place = f"{video.file.absolute()}\n{video.part}".encode("utf-8", "surrogateescape")
+    return f"{hashlib.sha256(place).hexdigest()[:40]}.safetensors"
 
 
 def _identity(video: Video) -> dict[str, object]:
@@ -205,22 +210,8 @@ def _encode(
     if not parts["latents"]:
         raise UserError(f"{source.videos[number].file}: no frame could be decoded")
     tensors = {name: torch.cat(found).contiguous() for name, found in parts.items()}
-    _save(path, tensors, {_KEY: json.dumps(key)})
+    save_tensors(path, tensors, {_KEY: json.dumps(key)})
     return len(tensors["latents"])
-
-
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); check permissions and free space") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 class LatentClips(Clips):

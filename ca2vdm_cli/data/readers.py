@@ -9,12 +9,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ca2vdm_cli.config import Crop, DataConfig, DataFormat, Preset, Split
+from ca2vdm_cli.config import DataConfig, DataFormat, Preset, Split
 from ca2vdm_cli.errors import UsageError, UserError
-from ca2vdm_cli.video_io import IMAGE_SUFFIXES, Aspect
+from ca2vdm_cli.video_io import IMAGE_SUFFIXES, natural_order
 
 from .clips import VideoClips
 from .digits import MovingDigits
@@ -30,6 +30,7 @@ RECORD_SUFFIXES = frozenset((".tfrecord", ".tfrecords"))
 """What is taken for a TFRecord file."""
 LINE = 2**20
 """Bytes of the longest line of a list."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UCF_LISTS = "ucfTrainTestlist"
 _UCF_LINE = re.compile(r"([A-Za-z0-9]+)/(v_[A-Za-z0-9]+_g\d+_c\d+\.avi)(?: \d+)?")
 
@@ -51,7 +52,6 @@ def open_clips(
     config: Preset,
     seed: int,
     frames: int,
-    aspect: Crop | Aspect | None = None,
 ) -> ClipSource:
     """Clips of a data set at a preset's size, drawn as its ``data`` section says.
 
@@ -60,7 +60,6 @@ def open_clips(
         config: the preset, which has a ``video`` section.
         seed: of the drawing.
         frames: the length of the longest clip to come.
-        aspect: overrides ``data.crop``.
 
     Raises:
         UsageError: no such path, or one that is not what ``data.format`` says.
@@ -69,14 +68,10 @@ def open_clips(
     if config.video is None:
         raise UsageError("video: this preset has no such section, it works on latents only, and there is no data")
     data = config.data
-    if path is None or data.format is DataFormat.MOVING_DIGITS:
-        if path is not None:
-            raise UsageError(f"{path}: data.format moving-digits is made on the fly; leave out --data")
+    if path is None:
         if config.synthetic_data is None:
             raise UsageError("synthetic_data: this preset has none; name a folder of videos with --data")
         return MovingDigits(config.synthetic_data, config.video, seed)
-    if aspect is not None:
-        data = replace(data, crop=Crop(aspect.value))
     layout = read_layout(path, data)
     return VideoClips(str(path), layout.videos, layout.rejects, config.video, data, seed, frames)
 
@@ -92,6 +87,8 @@ def read_layout(path: Path, data: DataConfig) -> Layout:
         UsageError: no such path, or one that is not what ``data.format`` says, or has no such split.
         UserError: a list or index cannot be read.
     """
+    if data.format is DataFormat.MOVING_DIGITS:
+        raise UsageError(f"{path}: data.format moving-digits is made on the fly; leave out --data")
     if not os.path.exists(path):
         raise UsageError(f"{path}: no such file or folder; --data takes a video, a list, or a folder of videos")
     chosen = _guess(path) if data.format is DataFormat.AUTO else data.format
@@ -164,11 +161,6 @@ def _need_everything(path: Path, split: Split) -> None:
         raise UsageError(f"data.split: {path} has no folders train and test; use train or all, or name another folder")
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sorts 2.png before 10.png."""
-    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", name)], name
-
-
 def _name(path: Path, root: Path) -> str:
     return path.name if path == root else path.relative_to(root).as_posix()
 
@@ -214,7 +206,7 @@ def _read_frames(path: Path, data: DataConfig) -> Layout:
     for file in _find(path, IMAGE_SUFFIXES, data.split):
         folders.setdefault(file.parent, []).append(file.name)
     videos = (
-        ImageFolder(_name(folder, path), None, folder, tuple(sorted(images, key=_natural)))
+        ImageFolder(_name(folder, path), None, folder, tuple(sorted(images, key=natural_order)))
         for folder, images in sorted(folders.items())
     )
     return Layout(DataFormat.FRAMES, tuple(videos), {})
@@ -290,6 +282,9 @@ def _read_jsonl(path: Path, data: DataConfig) -> Layout:
             rejects[where] = "not JSON"
             continue
         name, text = (entry.get("path"), entry.get("text")) if isinstance(entry, dict) else (None, None)
+        if any(isinstance(one, str) and _SURROGATE.search(one) for one in (name, text)):
+            rejects[where] = "has half a character (a surrogate), which no text can hold"
+            continue
         if not isinstance(name, str) or not (text is None or isinstance(text, str)):
             rejects[where] = "needs an object with path, a string, and perhaps text, another"
         elif not _is_safe(name):
@@ -297,7 +292,7 @@ def _read_jsonl(path: Path, data: DataConfig) -> Layout:
         elif os.path.isdir(file := path.parent / name):
             images = [image for image in file.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES and image.is_file()]
             if images:
-                names = tuple(sorted((image.name for image in images), key=_natural))
+                names = tuple(sorted((image.name for image in images), key=natural_order))
                 videos.append(ImageFolder(f"{where}: {name}", text, file, names))
             else:
                 rejects[where] = f"{name} is a folder without images"

@@ -27,7 +27,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from ca2vdm_cli.errors import UserError
-from ca2vdm_cli.video_io import MAX_PIXELS, Frame, Size, open_reader
+from ca2vdm_cli.video_io import EXACT_COLOURS, MAX_PIXELS, Frame, Size, open_reader
 
 from .records import parse_example
 
@@ -181,13 +181,9 @@ def _seek(path: Path, times: Sequence[int | None], frames: range) -> list[Frame]
             if picture.pts is None or picture.pts > last:
                 break
             if picture.pts in wanted and not picture.is_corrupt:
-                rgb = scaler.reformat(picture, format="rgb24", interpolation=_EXACT_COLOURS).to_ndarray()
+                rgb = scaler.reformat(picture, format="rgb24", interpolation=EXACT_COLOURS).to_ndarray()
                 found[picture.pts] = _upright(rgb, picture.rotation)
     return [found[time] for time in wanted] if found.keys() >= set(wanted) else None
-
-
-_EXACT_COLOURS = 0x4 | 0x2000 | 0x4000 | 0x40000
-"""swscale: bicubic, all the chroma, exact rounding, as in ``video_io``: a frame is the same however it is read."""
 
 
 def _upright(rgb: Any, rotation: float) -> Frame:

@@ -1,6 +1,7 @@
 """Everything about video files: single frames and their way to the model (``frames``), reading, writing."""
 
 from .frames import (
+    EXACT_COLOURS,
     IMAGE_SUFFIXES,
     MAX_PIXELS,
     Aspect,
@@ -8,6 +9,7 @@ from .frames import (
     Geometry,
     Size,
     contact_sheet,
+    natural_order,
     to_channels,
     write_image,
 )
@@ -15,6 +17,7 @@ from .reading import VideoReader, open_reader
 from .writing import OutputFormat, VideoWriter, open_writer
 
 __all__ = [
+    "EXACT_COLOURS",
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "Aspect",
@@ -25,6 +28,7 @@ __all__ = [
     "VideoReader",
     "VideoWriter",
     "contact_sheet",
+    "natural_order",
     "open_reader",
     "open_writer",
     "to_channels",

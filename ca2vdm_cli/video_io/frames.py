@@ -5,6 +5,7 @@ A frame is a uint8 array (H, W, 3), RGB. Pixels are taken to be square.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,11 @@ def contact_sheet(frames: Sequence[Frame], columns: int = 8, gap: int = 2) -> Fr
         y, x = index // columns * (height + gap), index % columns * (width + gap)
         sheet[y : y + height, x : x + width] = picture
     return sheet
+
+
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """What file names are sorted by, so that 2.png comes before 10.png."""
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", name)], name
 
 
 def write_image(path: str | Path, frame: Frame) -> None:

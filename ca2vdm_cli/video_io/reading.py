@@ -7,7 +7,6 @@ file cannot make it open another; and nothing is unpickled.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, suppress
@@ -27,7 +26,18 @@ from av.video.stream import VideoStream
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.interrupts import noted_interrupts
 
-from .frames import EXACT_COLOURS, IMAGE_SUFFIXES, MAX_PIXELS, MAX_RATE, Frame, pixels, resize, to_channels, unreadable
+from .frames import (
+    EXACT_COLOURS,
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    MAX_RATE,
+    Frame,
+    natural_order,
+    pixels,
+    resize,
+    to_channels,
+    unreadable,
+)
 
 
 class VideoReader:
@@ -93,13 +103,11 @@ def open_reader(source: str | Path) -> VideoReader:
 
 
 def _open_folder(name: str, folder: Path) -> VideoReader:
-    def natural(path: Path) -> tuple[list[str | int], str]:
-        return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", path.name)], path.name
-
     images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
     if not images:
         raise UserError(f"{name}: no images in this folder; it needs files such as frame_000000.png")
-    return VideoReader(name, _read_images(sorted(images, key=natural)), None, len(images))
+    images.sort(key=lambda image: natural_order(image.name))
+    return VideoReader(name, _read_images(images), None, len(images))
 
 
 def _read_images(paths: list[Path]) -> Generator[Frame, None, None]:
