@@ -19,7 +19,7 @@ from . import __version__
 from .autoencoder import load_autoencoder
 from .compare import ChunkComparison, MatrixProduct, SideBySide, first_frame
 from .config import ModelConfig
-from .costs import cache_bytes, per_step_cache_flops, recompute_flops, step_flops, write_flops
+from .costs import cache_bytes, per_step_cache_flops, recompute_flops, step_flops, text_bytes, write_flops
 from .errors import UsageError
 from .frame_plan import FrameClock
 from .growth import Curve
@@ -204,6 +204,7 @@ class _Run:
         solver = make_sampler(self.sampler, pipeline.process, settings.steps or pipeline.config.sampling.steps)
         self.timesteps = list(solver.timesteps)
         self.product_seconds = list(product.seconds)  # so far: later ones belong to other windows
+        self.product_shape = product.shape
         self.rate = product.flops / statistics.median(product.seconds)
         self.steps = len(self.rows[0].times[Contestant.CACHED].step_seconds)
         self.rises = {one: compared.rise(one) for one in contestants}
@@ -240,10 +241,14 @@ class _Run:
             "speedup_total": ratios("seconds").get("recompute"),
             "gemm_flops_per_second": self.rate,
             "gemm_seconds": self.product_seconds,
+            "gemm_shape": list(self.product_shape),
             "outputs_agree": all(agree(row, pipeline.model.dtype) for row in before) if exact else None,
             "max_abs_difference_before_slide": max(row.difference for row in before) if exact else None,
             "max_abs_output": max(row.scale for row in self.rows),
-            "max_abs_difference_after_slide": max((row.difference for row in after), default=None) if exact else None,
+            "max_abs_difference_after_slide": max(
+                (row.differences[Contestant.RECOMPUTE] for row in after if Contestant.RECOMPUTE in row.differences),
+                default=None,
+            ),
             "max_abs_difference_per_chunk": [row.difference for row in self.repeats[0]] if exact else None,
             "flops_agree": all(result["flops_error"] <= FLOPS_TOLERANCE for result in results.values()),
             "cache_bytes_agree": all(
@@ -327,8 +332,8 @@ class _Run:
             return 0
         slid = self.rows[-1].first_frame > self.window
         size = self.pipeline.model.dtype.itemsize
-        one = cache_bytes(self.config, self.window, size, slid=slid)
-        return one * (1 if contestant is Contestant.CACHED else len(set(self.timesteps)))
+        one, text = cache_bytes(self.config, self.window, size, slid=slid), text_bytes(self.config, size)
+        return text + (one - text) * (1 if contestant is Contestant.CACHED else len(set(self.timesteps)))
 
     def growth(self, points: dict[int, ChunkComparison]) -> dict[str, Any]:
         """Curves against the video's length and against the context's."""

@@ -167,7 +167,9 @@ def as_html(report: Report, svg: str, size: Any, duration: Any) -> str:
         body.append(_table(*growth_table(run)))
         body.append(f'<p class="note">{_text(GROWTH_NOTE)}</p>')
     facts = {name: report[name] for name in _FACTS}
-    facts["matrix product rate"] = f"{report['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s (median of 2048×384×1536)"
+    facts["matrix product rate"] = (
+        f"{report['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s (median of {'×'.join(map(str, report['gemm_shape']))})"
+    )
     rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items())
     body.append(f"<h2>Machine and settings</h2><dl>{rows}</dl>")
     return (

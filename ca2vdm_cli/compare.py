@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -26,6 +25,8 @@ from .sampler import make_sampler
 
 PRODUCT = (2048, 384, 1536)
 """The matrix product that measures the machine: rows, inner size, columns."""
+GPU_ROWS = 2**17
+"""Rows of that product on a GPU, where it would otherwise take less time than it takes to ask for it."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class ChunkComparison:
     index: int
     first_frame: int
     times: dict[Contestant, ChunkTimes]
-    difference: float
-    """Largest absolute difference, over all denoising steps, of any exact contestant's output from the first one's."""
+    differences: dict[Contestant, float]
+    """Largest absolute difference, over all denoising steps, of each exact contestant's output from the first one's."""
     scale: float
     """Largest absolute output of the first contestant."""
     before_slide: bool
@@ -69,14 +70,20 @@ class ChunkComparison:
     encode_seconds: float | None = None
     """The same pixels to latents, as for frames that a video is given."""
 
+    @property
+    def difference(self) -> float:
+        """The largest of them; 0 without any."""
+        return max(self.differences.values(), default=0.0)
+
 
 class MatrixProduct:
     """The machine's rate in ``PRODUCT``, measured again and again between other things."""
 
-    flops = 2 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2]
-
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         rows, inner, columns = PRODUCT
+        rows = rows if device.type == "cpu" else GPU_ROWS
+        self.shape = (rows, inner, columns)
+        self.flops = 2 * rows * inner * columns
         self._x = torch.ones(rows, inner, dtype=dtype, device=device)
         self._weight = torch.ones(columns, inner, dtype=dtype, device=device)
         self._out = torch.empty(rows, columns, dtype=dtype, device=device)  # to come and go would stir the heap
@@ -131,12 +138,12 @@ class Lockstep(Context):
         """Of the last frames appended."""
         self.step_seconds: dict[Contestant, list[float]] = {}
         """Of this chunk's steps."""
-        self.differences: list[float] = []
-        """Of this chunk's steps."""
+        self.differences: dict[Contestant, float] = {}
+        """The largest of this chunk, from the first one's outputs, by exact contestant."""
         self.scale = 0.0
         """Of this chunk."""
         self.observations = {contestant: Observation() for contestant in contexts}
-        self._calls = 0
+        self._appends = self._chunks = 0
         if observe:
             with count_flops():  # what the counter itself loads is no one's memory
                 torch.zeros(1)
@@ -154,14 +161,16 @@ class Lockstep(Context):
         return self.first.nbytes
 
     def append(self, latents: Tensor) -> None:
-        timed = self._timed(lambda context: context.append(latents))
+        self._appends += 1
+        timed = self._timed(lambda context: context.append(latents), self._appends)
         self.write_seconds = {contestant: seconds for contestant, (_, seconds) in timed.items()}
 
     def open_chunk(self) -> None:
         for context in self.contexts.values():
             context.open_chunk()
         self.step_seconds = {contestant: [] for contestant in self.contexts}
-        self.differences, self.scale = [], 0.0
+        self.differences, self.scale = {}, 0.0
+        self._chunks += 1
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         for contestant, context in self.contexts.items():
@@ -169,15 +178,18 @@ class Lockstep(Context):
             if found.seen_frames < 0 or (seen != found.seen_frames and not contestant.caches):
                 self._warm_up(context, found, x, timestep)
             found.seen_frames = seen
-        timed = self._timed(lambda context: context.predict(x, timestep))
+        turn = self._chunks + len(next(iter(self.step_seconds.values())))
+        timed = self._timed(lambda context: context.predict(x, timestep), turn)
         if self.product is not None:
             self.product.measure()
         outputs = {contestant: timed[contestant][0] for contestant in self.contexts}
         for output in outputs.values():
             check_finite(output, self.frames, self.model.dtype)
         first, *others = outputs
-        exact = [contestant for contestant in others if contestant.exact and first.exact]
-        self.differences += [(outputs[one] - outputs[first]).abs().max().item() for one in exact]
+        for one in others:
+            if one.exact and first.exact:
+                difference = (outputs[one] - outputs[first]).abs().max().item()
+                self.differences[one] = max(self.differences.get(one, 0.0), difference)
         self.scale = max(self.scale, outputs[first].abs().max().item())
         for contestant, (_, seconds) in timed.items():
             self.step_seconds[contestant].append(seconds)
@@ -191,11 +203,10 @@ class Lockstep(Context):
             found.rise_bytes, found.step_flops = observe(self.model, lambda: context.predict(x, timestep))
         found.warm_up_seconds += time.perf_counter() - began
 
-    def _timed(self, call: Callable[[Context], Tensor | None]) -> dict[Contestant, tuple[Tensor, float]]:
-        """Every context's answer and how many seconds it took."""
-        self._calls += 1
+    def _timed(self, call: Callable[[Context], Tensor | None], turn: int) -> dict[Contestant, tuple[Tensor, float]]:
+        """Every context's answer and how many seconds it took; every other turn the last one goes first."""
         answers = {}
-        for contestant, context in list(self.contexts.items())[:: 1 if self._calls % 2 else -1]:
+        for contestant, context in list(self.contexts.items())[:: 1 if turn % 2 else -1]:
             synchronize(self.model.device)
             began = time.perf_counter()
             answer = call(context)
@@ -288,7 +299,9 @@ class SideBySide:
             generator = torch.Generator().manual_seed(seed)
             given = torch.randn(1, shape[0], start, *shape[2:], generator=generator).to(model.device)
         process = pipeline.process
-        if not pipeline.trained:  # whatever random weights put out is no noise; taken for v, latents stay of order 1
+        if (
+            not pipeline.trained and not config.diffusion.flow
+        ):  # whatever random weights put out is no noise; taken for v, latents stay of order 1
             process = NoiseProcess(replace(config.diffusion, prediction=Prediction.V))
         solver = make_sampler(sampler or config.sampling.sampler, process, steps or config.sampling.steps)
         window = {"context_frames": context_frames, "fixed_frames": fixed_frames}
@@ -328,7 +341,7 @@ class SideBySide:
                 chunk.index,
                 chunk.first_frame,
                 times,
-                float(np.max(lockstep.differences, initial=0.0)),
+                lockstep.differences,
                 lockstep.scale,
                 before_slide=chunk.first_frame <= self.clock.context_frames,
                 decode_seconds=decode_seconds,

@@ -585,7 +585,10 @@ class Preset:
         chunk, first = self.model.chunk_frames, min(self.prefixes)
         if not self.training.parallel_chunks:
             return self.model.window_frames
-        return self.training.clip_frames or first - (first - self.model.window_frames) // chunk * chunk
+        frames = self.training.clip_frames or first - (first - self.model.window_frames) // chunk * chunk
+        if self.model.temporal_positions is TemporalPositions.ABSOLUTE:  # which a clip can't outgrow
+            return min(frames, first + (self.model.table_length - first) // chunk * chunk)
+        return frames
 
     def chunks(self, prefix: int) -> int:
         """Chunks that one forward trains after so many clean frames."""
@@ -655,4 +658,10 @@ class Preset:
             raise ValueError(f"training.clip_frames: {training.clip_frames} needs training.parallel_chunks")
         if training.clip_frames is not None and training.clip_frames < longest:
             raise ValueError(f"training.clip_frames: {training.clip_frames} must be at least {longest}, a whole chunk")
+        absolute = self.model.temporal_positions is TemporalPositions.ABSOLUTE
+        if absolute and training.clip_frames is not None and training.clip_frames > self.model.table_length:
+            raise ValueError(
+                f"training.clip_frames: {training.clip_frames} must be at most the {self.model.table_length} absolute "
+                "positions"
+            )
         return self

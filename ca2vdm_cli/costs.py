@@ -57,8 +57,12 @@ def cache_bytes(
     numbers = config.depth * config.tokens_per_frame * 2 * config.hidden_size * frames
     if slid and sinks and config.temporal_positions.value == "rope":
         numbers += config.depth * config.tokens_per_frame * config.hidden_size * sinks
-    text = config.depth * config.text_tokens * 2 * config.hidden_size
-    return (numbers + text) * itemsize + config.text_tokens  # the caption's mask is a byte a token
+    return numbers * itemsize + text_bytes(config, itemsize)
+
+
+def text_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of the caption's keys and values in the cache, and of its mask, a byte a token."""
+    return config.depth * config.text_tokens * 2 * config.hidden_size * itemsize + config.text_tokens
 
 
 def largest_window(config: ModelConfig, budget: int, itemsize: int) -> int:
@@ -105,5 +109,6 @@ def _forward(
     total = embed + merge + (config.depth - 1) * (spatial + temporal + rest(tokens)) + spatial
     if writes_only:
         return total + 2 * tokens * 2 * d * d
-    final = 2 * noisy * s * d * patch * config.out_channels
-    return total + temporal + rest(noisy * s) + final
+    last = noisy * s  # tokens that go on to the end; of the clean ones the last block needs temporal keys and values
+    final = 2 * last * d * patch * config.out_channels
+    return total + 2 * (tokens + last) * 2 * d * d + 4 * last * keys * d + rest(last) + final

@@ -29,6 +29,7 @@ from .autoencoder import ConvAutoencoder, DiffusersAutoencoder, load_autoencoder
 from .config import ModelConfig, TemporalPositions
 from .costs import cache_bytes, largest_window, step_flops, write_flops
 from .diffusion import NoiseProcess
+from .errors import UsageError
 from .frame_plan import FrameClock
 from .generation import CachedContext, Strategy, make_context, stored_caption
 from .model import CausalVideoTransformer
@@ -74,23 +75,27 @@ def forecast(request: Request) -> dict[str, Any]:
     startup_seconds = time.perf_counter() - STARTED
     clock = FrameClock(model_config, request.context_frames)
     window, length = clock.context_frames, model_config.chunk_frames
-    chunks = math.ceil(request.frames / length)
-    clock.check_length(chunks * length)
+    first = 0 if request.preset.config.diffusion.unconditional_start else 1  # a frame that must be given
+    chunks = max(1, math.ceil((request.frames - first) / length))
+    clock.check_length(first + chunks * length)
+    process = NoiseProcess(request.preset.config.diffusion)
+    steps = len(make_sampler(request.sampler, process, request.steps).timesteps)  # some schedulers make more of them
     size = request.dtype.itemsize
-    slid = chunks * length - length > window
+    slid = first + (chunks - 1) * length > window
     cache = cache_bytes(model_config, window, size, slid=slid)
     autoencoder = _load_autoencoder(request)
     times = _measure(request, autoencoder)
     base = 0 if request.device.type == "cuda" else resident_memory()  # before the simulation, which loads more of torch
     memory = _simulate(request, autoencoder)
 
-    per_chunk = request.steps * (times.step + times.sampler) + times.write + times.decode
+    per_chunk = steps * (times.step + times.sampler) + times.write + times.decode
     model_peak = memory.weights + cache + max(memory.step, memory.write)
     running = memory.weights + memory.autoencoder + cache + max(memory.step, memory.write, memory.decode)
     peak = base + max(running, memory.loading + request.weights_file_bytes)
     step, write = step_flops(model_config, window), write_flops(model_config, window, length)
-    denoise_seconds = chunks * request.steps * (times.step + times.sampler)
-    write_seconds = (chunks - 1) * times.write
+    denoise_seconds = chunks * steps * (times.step + times.sampler)
+    writes = chunks - 1 + first
+    write_seconds = writes * times.write
     seconds = denoise_seconds + write_seconds + chunks * times.decode
     available = available_memory(request.device)
     budget = request.cache_budget
@@ -103,7 +108,7 @@ def forecast(request: Request) -> dict[str, Any]:
         "dtype": str(request.dtype).removeprefix("torch."),
         "frames": request.frames,
         "chunks": chunks,
-        "steps": request.steps,
+        "steps": steps,
         "sampler": request.sampler,
         "context_frames": window,
         "cache_bytes": cache,
@@ -116,13 +121,13 @@ def forecast(request: Request) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "flops_per_step": step,
         "cache_write_flops": write,
-        "flops": chunks * request.steps * step + (chunks - 1) * write,
+        "flops": chunks * steps * step + (chunks - 1) * write + first * write_flops(model_config, window, first),
         "seconds_per_step": times.step,
         "cache_write_seconds": times.write,
         "sampler_seconds_per_step": times.sampler,
         "decode_seconds": times.decode,
         "seconds_per_chunk": per_chunk,
-        "network_seconds": chunks * request.steps * times.step + write_seconds,
+        "network_seconds": chunks * steps * times.step + write_seconds,
         "startup_seconds": startup_seconds + times.loading,
         "seconds": startup_seconds + times.loading + seconds,
         "first_chunk_seconds": startup_seconds + times.loading + per_chunk - times.write,
@@ -143,11 +148,21 @@ def _windows(request: Request, budget: int | None) -> dict[str, int | None]:
     if config.temporal_positions is not TemporalPositions.ROPE:
         longest = config.table_length - config.chunk_frames
     both = [frames for frames in (fits, longest) if frames is not None]
+    if both and not _is_a_window(config, min(both)):
+        both = [0]
     return {
         "largest_window_in_budget": fits,
         "largest_window_of_positions": longest,
         "largest_window": min(both) if both else None,
     }
+
+
+def _is_a_window(config: ModelConfig, frames: int) -> bool:
+    try:
+        FrameClock(config, frames)
+    except UsageError:
+        return False
+    return True
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

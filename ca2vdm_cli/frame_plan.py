@@ -228,7 +228,7 @@ def rope_angles(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
 
     Angles are computed in float64: at frame 10⁵ a float32 angle is off by more than a hundredth.
     """
-    frequency = 10_000.0 ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    frequency = 10_000.0 ** -(torch.arange(0, head_size, 2, dtype=torch.float64, device="cpu") / head_size)
     angle = (positions.cpu().to(torch.float64)[..., None] * frequency).repeat_interleave(2, dim=-1)
     return angle.cos().float(), angle.sin().float()
 

@@ -98,9 +98,12 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all buffers, text included, as allocated."""
         buffers = [t for layer in self.layers for t in layer if t is not None] + self.sink_keys
-        buffers += [t for layer in self.text for t in (layer.k, layer.v)]
-        buffers += [layer.mask for layer in self.text[:1]]  # one mask, shared by all blocks
-        return sum(t.nbytes for t in buffers)
+        return self.text_nbytes + sum(t.nbytes for t in buffers)
+
+    @property
+    def text_nbytes(self) -> int:
+        """Bytes of the caption's keys, values and mask, which all blocks share."""
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.text) + sum(t.mask.nbytes for t in self.text[:1])
 
     @property
     def window_nbytes(self) -> int:

@@ -210,19 +210,28 @@ class PrefixAttention(SelfAttention):
 class TemporalAttention(SelfAttention):
     """Each of the S positions attends over time, to itself and to earlier frames."""
 
-    def forward(self, x: Tensor, plan: FramePlan, cache: LayerCache | None) -> Tensor:
-        """(B, T, S, D) -> (B, T, S, D). With a cache, the frames' keys and values are put in their slots first."""
+    def forward(self, x: Tensor, plan: FramePlan, cache: LayerCache | None, first: int = 0) -> Tensor:
+        """(B, T, S, D) -> (B, T - first, S, D). With a cache, the frames' keys and values are put in their slots first.
+
+        Args:
+            x: tokens.
+            plan: how the frames relate.
+            cache: this block's buffers.
+            first: of the frames before it nothing but keys and values is needed.
+        """
         b, _, s, _ = x.shape
-        q, k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in self.project(x))  # (B*S, H, T, E)
+        parts = (*self.project(x[:, first:], 0, 1), *self.project(x, 1, 3)) if first else self.project(x)
+        q, k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in parts)  # (B*S, H, T, E)
+        mask = plan.temporal_mask if plan.temporal_mask is None else plan.temporal_mask[first:]
         if plan.rotation is not None:
-            q, k = rotate(q, *plan.rotation), rotate(k, *plan.rotation)
+            q, k = rotate(q, *(part[first:] for part in plan.rotation)), rotate(k, *plan.rotation)
         if cache is not None:
             k, v = self._store(k, v, plan, cache)
         if plan.moved is not None:
             frames, *turn = plan.moved
             k = torch.cat([k, rotate(k.index_select(2, frames), *turn)], dim=2)
             v = torch.cat([v, v.index_select(2, frames)], dim=2)
-        out = self.attend(q, k, v, plan.temporal_mask)  # (B*S, H, T, E)
+        out = self.attend(q, k, v, mask)  # (B*S, H, T - first, E)
         return self.merge(out.unflatten(0, (b, s)).permute(0, 3, 1, 2, 4))
 
     def write(self, x: Tensor, plan: FramePlan, cache: LayerCache) -> None:

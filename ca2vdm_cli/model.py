@@ -246,9 +246,12 @@ class Block(nn.Module):
             if cache is not None:
                 self.attn_temp.write(h, plan, cache)
             return x[:, clean:]
-        x = x + gate_msa * self.attn_temp(h, plan, cache)
-        if last and clean:
-            x, shift_mlp, scale_mlp, gate_mlp = (part[:, clean:] for part in (x, shift_mlp, scale_mlp, gate_mlp))
+        first = clean if last else 0
+        if first:
+            x, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+                part[:, first:] for part in (x, gate_msa, shift_mlp, scale_mlp, gate_mlp)
+            )
+        x = x + gate_msa * self.attn_temp(h, plan, cache, first)
         if self.cross_attn is not None and text is not None:
             x = x + self.cross_attn(x, text)
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))

@@ -1,9 +1,9 @@
 """What the benchmark compares the cache with. Nothing here is part of the method.
 
 All contestants share the model's forward, the backend and the precision, and whatever makes the method faster that is
-not its cache: modulation once a frame, captions projected once, clean frames left out of the last block's MLP. Weights
-are the causal model's. ``bidirectional``, ``fixed-window`` and ``per-step-cache`` therefore make another video than
-``cached`` does, and only their costs are compared.
+not its cache: modulation once a frame, captions projected once, the last block's clean frames left out but for keys
+and values. Weights are the causal model's. ``bidirectional``, ``fixed-window`` and ``per-step-cache`` therefore make
+another video than ``cached`` does, and only their costs are compared.
 
 Shape letters: B videos, C channels, L frames of a chunk, h, w latent size, S tokens a frame, D width, K frames of the
 spatial prefix, E head size, N denoising steps.
@@ -169,7 +169,8 @@ class PerStepCachedContext(Context):
 
     @property
     def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in self.caches.values())
+        text = self._any.text_nbytes  # all have the same
+        return text + sum(cache.nbytes - text for cache in self.caches.values())
 
     def append(self, latents: Tensor) -> None:
         for cache in self.caches.values():

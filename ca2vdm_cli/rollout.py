@@ -65,7 +65,7 @@ def own_context(
         noise = torch.stack([process.draw_noise(shape, generator) for generator in generators])
         x = sampler.start(noise.to(device))
         if first:
-            x = process.add_noise(true, noise.to(device), torch.tensor([int(sampler.timesteps[first])]))
+            x = sampler.noised(first, true, noise.to(device))
 
         def draw(shape: tuple[int, ...] = shape) -> Tensor:
             return torch.stack([torch.randn(shape, generator=generator) for generator in generators])

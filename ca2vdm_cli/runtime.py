@@ -71,7 +71,10 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was told, so that clocks tell the truth."""
-    getattr(getattr(torch, device.type, None), "synchronize", lambda: None)()
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).synchronize(device)  # by default that of the current device, not of this one
+    else:
+        getattr(getattr(torch, device.type, None), "synchronize", lambda: None)()
 
 
 def processor(device: torch.device) -> str:

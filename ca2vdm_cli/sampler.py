@@ -40,6 +40,10 @@ class Sampler(ABC):
         """What the network sees of x at step ``index``."""
         return x
 
+    def noised(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """x at step ``index`` as it would be on the way from this noise to these latents; call ``start`` before."""
+        return self.process.add_noise(latents, noise, torch.tensor([int(self.timesteps[index])]))
+
     @abstractmethod
     def step(self, index: int, x: Tensor, output: Tensor, noise: DrawNoise) -> Tensor:
         """One step from timestep ``timesteps[index]`` to the next.
@@ -216,6 +220,11 @@ class DiffusersSampler(Sampler):
 
     def scale_input(self, index: int, x: Tensor) -> Tensor:
         out: Tensor = self._scheduler.scale_model_input(x, self._scheduler.timesteps[index])
+        return out
+
+    def noised(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        timestep = self._scheduler.timesteps[index : index + 1]
+        out: Tensor = self._scheduler.add_noise(latents, noise, timestep.to(latents.device))
         return out
 
     def step(self, index: int, x: Tensor, output: Tensor, noise: DrawNoise) -> Tensor:

@@ -60,11 +60,8 @@ def test_every_contestant_is_measured(report: dict[str, Any]) -> None:
         assert 0 < result["mfu"] < 5
         assert result["decode_seconds"] > 0 and result["encode_seconds"] > 0
         total = result["steady_seconds_per_chunk"] + result["decode_seconds"]
-        assert result["steady_total_seconds"] == pytest.approx(total)
         assert result["steady_frames_per_second"] == pytest.approx(CHUNK / total)
         assert result["first_chunk_latency_seconds"] > result["first_chunk_seconds"]
-        assert result["peak_memory_above_weights_bytes"] >= result["context_bytes"]
-        assert result["peak_memory_bytes"] == report["weights_bytes"] + result["peak_memory_above_weights_bytes"]
         for part in ("step", "chunk"):
             spread = result[f"steady_seconds_per_{part}_spread"]
             median = result[f"steady_seconds_per_{part}"]
@@ -136,7 +133,7 @@ def test_exactness_of_the_same_run(report: dict[str, Any]) -> None:
 
 def test_growth_with_frames(capsys: pytest.CaptureFixture[str]) -> None:
     """By operations, which no busy machine changes: a growing context makes a video quadratic, the cache linear."""
-    request = ["--compare", ALL, "--frames", "96", "--steps", "1", "--set", "model.depth=1"]
+    request = ["--compare", ALL, "--frames", "96", "--steps", "1", "--set", "model.depth=3"]
     growth = run(capsys, *request)["growth"]["frames"]
     exponents = {name: curve["flops_exponent"] for name, curve in growth.items()}
     assert all(len(curve["frames"]) == len(curve["seconds"]) == 24 for curve in growth.values())
@@ -182,6 +179,20 @@ def test_verdict(capsys: pytest.CaptureFixture[str], compare: str, words: str) -
     assert main([*TINY, "--compare", compare]) == 0
     line = " ".join(capsys.readouterr().out.split("tiny (random weights)")[0].split())
     assert re.fullmatch(words, line)
+
+
+def test_random_weights_of_flow_matching(capsys: pytest.CaptureFixture[str]) -> None:
+    flow = ["diffusion.beta_schedule=flow", "diffusion.prediction=flow", "model.learn_variance=false"]
+    settings = [part for setting in flow for part in ("--set", setting)]
+    report = run(capsys, "--compare", "recompute", *settings, "--sampler", "ddim")
+    assert report["outputs_agree"] is True and report["max_abs_output"] < 100
+
+
+def test_drift_is_that_of_a_recomputed_window(capsys: pytest.CaptureFixture[str]) -> None:
+    both = run(capsys, "--compare", "recompute,recompute-extendable")
+    alone = run(capsys, "--compare", "recompute")
+    assert both["max_abs_difference_after_slide"] == pytest.approx(alone["max_abs_difference_after_slide"], rel=1e-3)
+    assert run(capsys, "--compare", "recompute-extendable")["max_abs_difference_after_slide"] is None
 
 
 def test_verdict_says_what_is_slower_and_what_differs(report: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -63,11 +64,11 @@ def lockstep(make_model: MakeModel, *answers: float) -> Lockstep:
     return Lockstep({one: Answering(model, answer) for one, answer in zip(contestants, answers, strict=True)})
 
 
-def chunk(steps: Lockstep) -> None:
-    """Two denoising steps of a chunk, which is then appended."""
+def chunk(steps: Lockstep, count: int = 2) -> None:
+    """Some denoising steps of a chunk, which is then appended."""
     x = torch.zeros(1, 4, 2, 4, 4)
     steps.open_chunk()
-    for _ in range(2):
+    for _ in range(count):
         steps.predict(x, torch.zeros(1))
     steps.append(x)
 
@@ -99,10 +100,36 @@ def test_a_cache_has_one_shape_and_answers_outside_the_clock_once(make_model: Ma
     assert all(times == 2 * 3 + 3 for one, times in asked.items() if not one.caches)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_contestants_take_turns_at_going_first(make_model: MakeModel, count: int) -> None:
+    """In a step of the chunks in turn, whatever their number of steps, and in appending."""
+    steps = lockstep(make_model, 1.0, 1.0)
+    order: list[Contestant] = []
+
+    def note(one: Contestant, call: Callable[..., Any], *arguments: Tensor) -> Any:
+        order.append(one)
+        return call(*arguments)
+
+    for one, context in steps.contexts.items():
+        context.append = partial(note, one, context.append)  # type: ignore[method-assign]
+    for _ in range(6):
+        chunk(steps)  # what answers outside the clock does so now: the window is full
+    for one, context in steps.contexts.items():
+        context.predict = partial(note, one, context.predict)  # type: ignore[method-assign]
+        context.clock.context = lambda start: list(range(6))  # type: ignore[method-assign]
+    firsts = []
+    for _ in range(4):
+        order.clear()
+        chunk(steps, count)
+        firsts.append(order[::2])
+    for calls in zip(*firsts, strict=True):
+        assert calls[0] != calls[1] and calls[0] == calls[2] and calls[1] == calls[3]
+
+
 def test_every_step_is_compared(make_model: MakeModel) -> None:
     steps = lockstep(make_model, -2.0, -1.75)
     chunk(steps)
-    assert steps.differences == [0.25, 0.25]
+    assert steps.differences == {Contestant.RECOMPUTE_EXTENDABLE: 0.25}
     assert steps.scale == 2.0
 
 

@@ -164,6 +164,19 @@ def test_per_step_cache_keeps_a_cache_for_every_step(make_model: MakeModel) -> N
     assert sizes == {steps: steps * sizes[1] for steps in sizes}
 
 
+def test_the_steps_share_a_caption(make_model: MakeModel) -> None:
+    model = make_model(text_channels=5, text_tokens=5)
+    caption = stored_caption(model, 1)
+    assert caption is not None
+    sizes = []
+    for steps in (1, 2):
+        context = make_contestant(model, Contestant.PER_STEP_CACHE, list(range(steps)))
+        frames = context.nbytes
+        context.set_text(model.text_keys_values(caption.embedding, caption.mask))
+        sizes.append(context.nbytes - frames)
+    assert sizes[0] == sizes[1] > 0
+
+
 def test_given_frames_are_in_every_cache(make_model: MakeModel) -> None:
     """Until there is a chunk of its own, a step of per-step-cache sees what the one cache has."""
     model = make_model()

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ca2vdm_cli import forecast
 from ca2vdm_cli.__main__ import main
+from ca2vdm_cli.frame_plan import rope_angles
 
 RUN = ["--device", "cpu", "--dtype", "float32", "--backend", "sdpa"]
 MEDIUM = ["--preset", "tiny", "--set", "model.hidden_size=128", "--set", "model.latent_height=32"]
@@ -92,6 +94,35 @@ def test_largest_window_fits_the_budget(report: Callable[..., Any], positions: s
     rope = [*request[:-1], "model.temporal_positions=rope"]
     sizes = [report(*rope, "--context-frames", str(frames))["cache_bytes"] for frames in (window, window + 1)]
     assert sizes[0] <= 2**20 < sizes[1]
+
+
+def test_a_window_that_the_model_can_not_have_is_not_proposed(report: Callable[..., Any]) -> None:
+    request = ["--preset", "tiny", "--frames", "8", "--set", "model.temporal_positions=rope"]
+    one = report("plan", *request, "--context-frames", "4")["cache_bytes"] * 2 // 11
+    found = report("plan", *request, "--cache-budget", f"{4 * one}B")
+    assert found["largest_window_in_budget"] < 3  # the spatial prefix has three
+    assert found["largest_window"] == 0
+
+
+def test_a_video_that_begins_with_a_given_frame_has_fewer_chunks(report: Callable[..., Any]) -> None:
+    begun = ["--set", "diffusion.unconditional_start=false", "--set", "model.temporal_positions=absolute"]
+    found = report("plan", "--preset", "tiny", "--frames", "13", "--steps", "2", *begun)  # all of the positions
+    assert (found["chunks"], found["steps"]) == (3, 2)
+    assert report("plan", "--preset", "tiny", "--frames", "13", "--steps", "2")["chunks"] == 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_steps_are_those_that_the_scheduler_makes(report: Callable[..., Any]) -> None:
+    pytest.importorskip("diffusers")
+    found = report("plan", "--preset", "tiny", "--frames", "8", "--steps", "5", "--sampler", "HeunDiscreteScheduler")
+    assert found["steps"] == 9
+
+
+def test_positions_are_counted_on_the_processor() -> None:
+    """As where tensors are made on another device by default, without numbers."""
+    with FakeTensorMode(), torch.device("cuda"):
+        cosines, _ = rope_angles(torch.arange(3), 8)
+    assert cosines.shape == (3, 8) and cosines.device.type == "cpu"
 
 
 def test_budget_is_what_is_available(report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

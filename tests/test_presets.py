@@ -238,5 +238,9 @@ def test_what_training_asks_of_a_clip() -> None:
     for overrides, frames, chunks in (((parallel,), 16, 4), ((parallel, start), 13, 3)):  # the last after a full window
         found = config(*overrides)
         assert (found.clip_frames, found.chunks(found.prefixes[0])) == (frames, chunks)
+    absolute = "model.temporal_positions=absolute"  # 13 of them
+    assert config(parallel, absolute).clip_frames == 12 and config(parallel, absolute, start).clip_frames == 13
     with pytest.raises(UsageError, match="must be at least 5, a whole chunk"):
         config(parallel, start, "training.clip_frames=4")
+    with pytest.raises(UsageError, match="training.clip_frames: 20 must be at most the 13 absolute positions"):
+        config(parallel, absolute, "training.clip_frames=20")

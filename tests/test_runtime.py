@@ -49,5 +49,12 @@ def test_every_device_can_be_waited_for() -> None:
         synchronize(torch.device(device))
 
 
+def test_the_gpu_that_is_waited_for_is_the_one_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    synchronize(torch.device("cuda", 1))
+    assert waited == [torch.device("cuda", 1)]
+
+
 def test_the_processor_has_a_name() -> None:
     assert processor(CPU).strip()
