@@ -242,5 +242,5 @@ def test_what_training_asks_of_a_clip() -> None:
     assert config(parallel, absolute).clip_frames == 12 and config(parallel, absolute, start).clip_frames == 13
     with pytest.raises(UsageError, match="must be at least 5, a whole chunk"):
         config(parallel, start, "training.clip_frames=4")
-    with pytest.raises(UsageError, match="training.clip_frames: 20 must be at most the 13 absolute positions"):
+    with pytest.raises(UsageError, match="clip_frames: 20 must be at most the 13 absolute positions"):
         config(parallel, absolute, "training.clip_frames=20")
