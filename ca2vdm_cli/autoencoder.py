@@ -30,8 +30,6 @@ DECODER_SHARE = 0.2
 """Share of the steps that train the decoder alone, on whole frames, with the latents as they will be."""
 WARMUP_STEPS = 50
 """Steps over which the learning rate rises."""
-
-
 FRAMES_AT_ONCE = 64
 """Frames that training and validation encode or decode together: a large autoencoder has large feature maps."""
 
