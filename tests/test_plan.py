@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -48,14 +51,20 @@ def test_bytes_and_operations_are_those_of_the_benchmark(report: Callable[..., A
     assert planned["flops"] == 5 * 2 * planned["flops_per_step"] + 4 * planned["cache_write_flops"]
 
 
-def test_memory_is_about_what_the_benchmark_measures(report: Callable[..., Any]) -> None:
-    """Of the model alone, and large enough for the system's own accounting, which counts in pages, to see it."""
+@pytest.mark.skipif(sys.platform != "linux", reason="the variable is glibc's")
+def test_memory_is_what_the_benchmark_measures(report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model alone, with an allocator that returns freed memory at once: what it keeps otherwise is chance."""
     request = ["--preset", "bench-small", "--set", "model.depth=4", "--set", "model.hidden_size=192"]
     request += ["--frames", "16", "--steps", "1"]
+    monkeypatch.setattr(forecast, "HEAP", 1.0)
     planned = report("plan", *request)
-    cached = report("bench", "--compare", "cached", *request)["results"]["cached"]
-    assert planned["step_rise_bytes"] > 20e6
-    assert planned["model_peak_memory_bytes"] == pytest.approx(cached["peak_memory_bytes"], rel=0.2)
+    command = [sys.executable, "-m", "ca2vdm_cli", "bench", "--compare", "cached", *RUN, *request, "--json"]
+    process = subprocess.run(
+        command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}, check=True, capture_output=True
+    )
+    cached = json.loads(process.stdout)["results"]["cached"]
+    assert planned["step_rise_bytes"] > 15e6
+    assert planned["model_peak_memory_bytes"] == pytest.approx(cached["peak_memory_bytes"], rel=0.1)
 
 
 def test_simulation_sees_only_what_is_alive(report: Callable[..., Any]) -> None:
