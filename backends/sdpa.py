@@ -56,17 +56,16 @@ class SdpaBackend(EagerBackend):
         if self._flash_attn is not None and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
             out: Tensor = self._flash_attn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (N, Q, H, E)
             return out.transpose(1, 2)
-        if q.device.type == "cpu" and q.requires_grad and q.dtype is not torch.float32:
+        if q.device.type == "cpu" and self._plain_is_faster(q):
             return super().attend(q, k, v, mask)
         if q.device.type == "cpu" and q.dtype is torch.bfloat16 and self._products_beat_fused:
             return self._attend_by_blocks(q, k, v, mask)
-        if q.device.type == "cpu" and q.dtype is torch.float32 and self._are_few(q):
-            return super().attend(q, k, v, mask)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     @staticmethod
-    def _are_few(q: Tensor) -> bool:
-        return not q.requires_grad and q.shape[2] <= FEW_QUERIES
+    def _plain_is_faster(q: Tensor) -> bool:
+        half = q.dtype is not torch.float32
+        return half if q.requires_grad else not half and q.shape[2] <= FEW_QUERIES
 
     def _attend_by_blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The plain products for so many sequences at a time, or queries of one, that their scores fit the cache."""
