@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +177,19 @@ def test_help_is_instant() -> None:
     imported = run.stdout.rpartition("imported: ")[2].split()
     assert "typer" in imported
     assert not {"torch", "numpy", "cv2", "av", "yaml"} & set(imported)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_freed_memory_is_kept_unless_the_user_says_how(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda option, value: asked.append((option, value)))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert ca2vdm("--version") == 0
+    assert asked == ([] if own else [(-1, 2**30), (-3, 2**25)])
 
 
 @pytest.mark.parametrize("program", [[sys.executable, "-m", "ca2vdm_cli"], ["ca2vdm"]])
