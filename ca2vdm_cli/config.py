@@ -492,6 +492,9 @@ class TrainingConfig:
     clip_frames: Count | None = None
     """Frames of a clip with ``parallel_chunks``; by default a full window and a chunk. In a longer one clean frames
     leave the window as they do when a long video is generated (window eviction)."""
+    first_chunk_share: Share = 0.0
+    """Share of the steps with ``parallel_chunks`` that train a clip's first chunk alone. A video's first chunk is the
+    hardest to make, with nothing before it, and only one of a clip's many."""
     rollout_share: Share = 0.0
     """Share of the steps whose clean frames are the model's own: the chunks before the last are noised and made again
     through the cache, so that training meets the errors that sampling makes. Needs ``parallel_chunks``."""
@@ -648,6 +651,10 @@ class Preset:
                 raise ValueError("training.optimizer: muon does not go with training.trainable lora; it takes adamw")
         if self.training.rollout_share and not self.training.parallel_chunks:
             raise ValueError(f"training.rollout_share: {self.training.rollout_share} needs training.parallel_chunks")
+        if self.training.first_chunk_share and not self.training.parallel_chunks:
+            raise ValueError(
+                f"training.first_chunk_share: {self.training.first_chunk_share} needs training.parallel_chunks"
+            )
         if self.distillation.teacher_steps > self.diffusion.train_timesteps:
             raise ValueError(
                 f"distillation.teacher_steps: {self.distillation.teacher_steps} must be at most "

@@ -162,8 +162,7 @@ class Trainer:
         """One optimizer step."""
         began = time.perf_counter()
         training, chunk = self.preset.training, self.preset.model.chunk_frames
-        prefix = self._draw_prefix(self.step)
-        chunks = self.preset.chunks(prefix)
+        prefix, chunks = self._draw_lengths(self.step)
         rate = self._learning_rate()
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
@@ -219,18 +218,21 @@ class Trainer:
         state = np.random.SeedSequence([self.seed, purpose, index]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state) % 2**63)
 
-    def _draw_prefix(self, step: int) -> int:
-        lengths = self.preset.prefixes
-        weights = torch.tensor(self.preset.training.prefix_weights or [1.0] * len(lengths), dtype=torch.float64)
-        return lengths[int(torch.multinomial(weights, 1, generator=self._generator(STEP, step)))]
+    def _draw_lengths(self, step: int) -> tuple[int, int]:
+        """Frames before a step's first chunk, and its chunks."""
+        training, lengths, generator = self.preset.training, self.preset.prefixes, self._generator(STEP, step)
+        weights = torch.tensor(training.prefix_weights or [1.0] * len(lengths), dtype=torch.float64)
+        prefix = lengths[int(torch.multinomial(weights, 1, generator=generator))]
+        alone = float(torch.rand((), generator=generator)) < training.first_chunk_share
+        return prefix, 1 if alone else self.preset.chunks(prefix)
 
     def _next_clips(self) -> tuple[Batch, float]:
         """The next part's clips, and for how long they were waited for; the first call starts the loader."""
         accumulation = self.preset.training.accumulation
 
         def frames(part: int) -> int:
-            prefix = self._draw_prefix(part // accumulation)
-            return prefix + self.preset.chunks(prefix) * self.preset.model.chunk_frames
+            prefix, chunks = self._draw_lengths(part // accumulation)
+            return prefix + chunks * self.preset.model.chunk_frames
 
         if self._loader is None:
             self._loader = ClipLoader(

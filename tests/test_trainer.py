@@ -265,6 +265,21 @@ def test_prefix_lengths(run: Runs) -> None:
     assert {trainer.train_step().prefix for _ in range(8)} == {0, 9}
 
 
+def test_a_share_of_the_steps_trains_first_chunks_alone(run: Runs) -> None:
+    settings = ["training.parallel_chunks=true", "training.clip_frames=12", "training.prefix_lengths=[0]"]
+    clips = {4: 2 * 4, 12: 2 * 12}  # trained frames of a step by those of a clip
+
+    def trained(share: float) -> list[int]:
+        trainer = run(*settings, f"training.first_chunk_share={share}")
+        return [trainer.train_step().frames for _ in range(12)]
+
+    assert set(trained(0)) == {clips[12]} and set(trained(1)) == {clips[4]}
+    half = trained(0.5)
+    assert set(half) == set(clips.values()) and half == trained(0.5)
+    with pytest.raises(UsageError, match="first_chunk_share: 0.5 needs training.parallel_chunks"):
+        load_preset("tiny", ["training.first_chunk_share=0.5"])
+
+
 def test_clips_are_read_in_order_and_only_as_long_as_needed(run: Runs, source: ClipSource) -> None:
     asked: list[tuple[int, int]] = []
 

@@ -115,7 +115,8 @@ def run(request: Request) -> None:
     seed = request.seed or 0
     loaded, weights = find_weights(request.preset, request.checkpoint, request.overrides)
     config = _settled(loaded, request)
-    unused = any(prefix == 0 and config.chunks(prefix) == 1 for prefix in config.prefixes)
+    alone = config.training.first_chunk_share > 0
+    unused = any(prefix == 0 and (alone or config.chunks(prefix) == 1) for prefix in config.prefixes)
     accelerator = make_accelerator(request.device, config.training.precision, unused_parameters=unused)
     main, device = accelerator.is_main_process, accelerator.device
     quiet = request.quiet or not main
