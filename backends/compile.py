@@ -29,10 +29,6 @@ class CompileBackend(SdpaBackend):
     description = "torch.compile over sdpa (needs a C++ compiler on the CPU; compiles during the first chunk)"
     priority = 5  # below sdpa: a short run does not win back the time it takes to compile
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._products_beat_fused = False  # a graph with every block in it takes nearly twice as long to compile
-
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as PyTorch chooses it
         if device.type == "cpu" and not shutil.which(compiler):

@@ -29,6 +29,32 @@ def _flash_attn() -> Callable[..., Any] | None:
     return flash_attn_func
 
 
+def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The plain products for so many sequences at a time, or queries of one, that their scores fit the cache.
+
+    Shapes as in ``Backend.attend``, with one leading dimension.
+    """
+    rows, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    most = max(1, BLOCK // (heads * keys))  # queries at a time
+    some = min(queries, most)
+    each = max(1, most // some)
+    if type(mask) is Tensor and mask.all():  # not simulated
+        mask = None
+    if mask is not None:
+        mask = mask.broadcast_to(rows, heads, queries, keys)
+    plain, out = EagerBackend().attend, torch.empty_like(q)
+    for i, j in product(range(0, rows, each), range(0, queries, some)):
+        part = slice(i, i + each), slice(None), slice(j, j + some)
+        out[part] = plain(q[part], k[part[0]], v[part[0]], None if mask is None else mask[part])
+    return out
+
+
+_untraced_by_blocks = torch.library.custom_op("ca2vdm::attend_by_blocks", attend_by_blocks, mutates_args=())
+"""The same, a single operation to torch.compile: a graph with every block in it takes twice as long to compile."""
+_untraced_by_blocks.register_fake(lambda q, k, v, mask: torch.empty_like(q))
+
+
 class SdpaBackend(EagerBackend):
     """Fused attention. PyTorch picks among flash, memory-efficient, cuDNN and math kernels by device, type and mask.
 
@@ -59,30 +85,14 @@ class SdpaBackend(EagerBackend):
         if q.device.type == "cpu" and self._plain_is_faster(q):
             return super().attend(q, k, v, mask)
         if q.device.type == "cpu" and q.dtype is torch.bfloat16 and self._products_beat_fused:
-            return self._attend_by_blocks(q, k, v, mask)
+            attend = _untraced_by_blocks if torch.compiler.is_compiling() else attend_by_blocks
+            return attend(q, k, v, mask)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     @staticmethod
     def _plain_is_faster(q: Tensor) -> bool:
         half = q.dtype is not torch.float32
         return half if q.requires_grad else not half and q.shape[2] <= FEW_QUERIES
-
-    def _attend_by_blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The plain products for so many sequences at a time, or queries of one, that their scores fit the cache."""
-        rows, heads, queries, _ = q.shape
-        keys = k.shape[2]
-        most = max(1, BLOCK // (heads * keys))  # queries at a time
-        some = min(queries, most)
-        each = max(1, most // some)
-        if type(mask) is Tensor and not torch.compiler.is_compiling() and mask.all():  # neither traced nor simulated
-            mask = None
-        if mask is not None:
-            mask = mask.broadcast_to(rows, heads, queries, keys)
-        out = torch.empty_like(q)
-        for i, j in product(range(0, rows, each), range(0, queries, some)):
-            part = slice(i, i + each), slice(None), slice(j, j + some)
-            out[part] = super().attend(q[part], k[part[0]], v[part[0]], None if mask is None else mask[part])
-        return out
 
 
 @hookimpl

@@ -25,12 +25,17 @@ def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(-1) @ v.double()
 
 
-@pytest.mark.parametrize("block", [1, 40, 150, 10**6])  # a query, some, a sequence and more, everything
-@pytest.mark.parametrize("mask", MASKS)
-def test_blocks_are_the_whole(mask: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 on a processor that multiplies it: sequences and queries are taken a few at a time."""
+@pytest.fixture
+def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies bfloat16, but has no AMX."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+
+
+@pytest.mark.parametrize("block", [1, 40, 150, 10**6])  # a query, some, a sequence and more, everything
+@pytest.mark.parametrize("mask", MASKS)
+def test_blocks_are_the_whole(mask: str, block: int, monkeypatch: pytest.MonkeyPatch, with_bfloat16: None) -> None:
+    """Sequences and queries are taken a few at a time."""
     monkeypatch.setattr(sdpa, "BLOCK", block)
     monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", None)  # not called
     generator = torch.Generator().manual_seed(0)
@@ -38,3 +43,21 @@ def test_blocks_are_the_whole(mask: str, block: int, monkeypatch: pytest.MonkeyP
     out = sdpa.SdpaBackend().attend(q, k, v, MASKS[mask])
     assert out.dtype is torch.bfloat16 and out.stride() == q.stride(), "heads come side by side without a copy"
     assert (out.double() - exact(q, k, v, MASKS[mask])).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_blocks_are_one_operation_to_a_compiler(mask: str, with_bfloat16: None) -> None:
+    """Or a graph with every block in it takes twice as long to compile."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, frames, 8, generator=generator).bfloat16() for frames in (5, 7, 7))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compile_nothing(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    attend = sdpa.SdpaBackend().attend
+    compiled = torch.compile(attend, backend=compile_nothing, fullgraph=True)
+    assert torch.equal(compiled(q, k, v, MASKS[mask]), attend(q, k, v, MASKS[mask]))
+    (graph,) = graphs
+    assert [node.op for node in graph.graph.nodes].count("call_function") == 1

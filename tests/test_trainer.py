@@ -276,7 +276,7 @@ def test_a_share_of_the_steps_trains_first_chunks_alone(run: Runs) -> None:
     assert set(trained(0)) == {clips[12]} and set(trained(1)) == {clips[4]}
     half = trained(0.5)
     assert set(half) == set(clips.values()) and half == trained(0.5)
-    with pytest.raises(UsageError, match="first_chunk_share: 0.5 needs training.parallel_chunks"):
+    with pytest.raises(UsageError, match=r"first_chunk_share: 0\.5 needs training\.parallel_chunks"):
         load_preset("tiny", ["training.first_chunk_share=0.5"])
 
 
