@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -52,12 +53,12 @@ def test_blocks_are_one_operation_to_a_compiler(mask: str, with_bfloat16: None) 
     q, k, v = (torch.randn(3, 2, frames, 8, generator=generator).bfloat16() for frames in (5, 7, 7))
     graphs: list[torch.fx.GraphModule] = []
 
-    def compile_nothing(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+    def compile_nothing(graph: torch.fx.GraphModule, _: object) -> Callable[..., tuple[Tensor, ...]]:
         graphs.append(graph)
         return graph
 
     attend = sdpa.SdpaBackend().attend
-    compiled = torch.compile(attend, backend=compile_nothing, fullgraph=True)
+    compiled: Callable[..., Tensor] = torch.compile(attend, backend=compile_nothing, fullgraph=True)
     assert torch.equal(compiled(q, k, v, MASKS[mask]), attend(q, k, v, MASKS[mask]))
     (graph,) = graphs
     assert [node.op for node in graph.graph.nodes].count("call_function") == 1
