@@ -200,8 +200,9 @@ class _Run:
         self.window, self.contestants, self.repeats, self.compared = window, contestants, repeats, compared
         self.rows = [row for rows in repeats for row in rows]
         self.steady = [row for row in self.rows if row.first_frame >= window and row.index >= WARM_UP]
-        self.sampler = settings.sampler or pipeline.config.sampling.sampler
-        solver = make_sampler(self.sampler, pipeline.process, settings.steps or pipeline.config.sampling.steps)
+        sampling = pipeline.config.sampling
+        self.sampler = settings.sampler or sampling.sampler
+        solver = make_sampler(self.sampler, pipeline.process, settings.steps or sampling.steps, sampling.last_timestep)
         self.timesteps = list(solver.timesteps)
         self.product_seconds = list(product.seconds)  # so far: later ones belong to other windows
         self.product_shape = product.shape

@@ -303,7 +303,8 @@ class SideBySide:
             not pipeline.trained and not config.diffusion.flow
         ):  # whatever random weights put out is no noise; taken for v, latents stay of order 1
             process = NoiseProcess(replace(config.diffusion, prediction=Prediction.V))
-        solver = make_sampler(sampler or config.sampling.sampler, process, steps or config.sampling.steps)
+        sampling = config.sampling
+        solver = make_sampler(sampler or sampling.sampler, process, steps or sampling.steps, sampling.last_timestep)
         window = {"context_frames": context_frames, "fixed_frames": fixed_frames}
         contexts = {one: make_contestant(model, one, solver.timesteps, **window) for one in contestants}
         self.lockstep = Lockstep(contexts, product, observe=observe)

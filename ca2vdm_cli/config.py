@@ -394,6 +394,9 @@ class SamplingConfig:
     """Name of the sampler: ancestral, ddim, dpm++, trailing, or a diffusers scheduler's class name."""
     steps: Count = 100
     """Denoising steps N of a chunk."""
+    last_timestep: Annotated[int, Field(ge=0)] = 0
+    """dpm++: the cleanest timestep that the network is asked at; one step goes from there to the latents. With few
+    steps a noisier one than 0 leaves more of them for the noise in which is decided what is to be seen."""
     frames: Count = 32
     """Frames that ``sample`` and ``extend`` make unless told otherwise."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
@@ -651,6 +654,12 @@ class Preset:
                 raise ValueError("training.optimizer: muon does not go with training.trainable lora; it takes adamw")
         if self.training.rollout_share and not self.training.parallel_chunks:
             raise ValueError(f"training.rollout_share: {self.training.rollout_share} needs training.parallel_chunks")
+        latest = self.diffusion.train_timesteps - self.sampling.steps
+        if self.sampling.last_timestep > max(0, latest):
+            raise ValueError(
+                f"sampling.last_timestep: {self.sampling.last_timestep} must be at most {latest}, to leave "
+                f"{self.sampling.steps} timesteps to sampling.steps"
+            )
         if self.training.first_chunk_share and not self.training.parallel_chunks:
             raise ValueError(
                 f"training.first_chunk_share: {self.training.first_chunk_share} needs training.parallel_chunks"

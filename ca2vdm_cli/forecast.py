@@ -79,7 +79,8 @@ def forecast(request: Request) -> dict[str, Any]:
     chunks = max(1, math.ceil((request.frames - first) / length))
     clock.check_length(first + chunks * length)
     process = NoiseProcess(request.preset.config.diffusion)
-    steps = len(make_sampler(request.sampler, process, request.steps).timesteps)  # some schedulers make more of them
+    last = request.preset.config.sampling.last_timestep
+    steps = len(make_sampler(request.sampler, process, request.steps, last).timesteps)  # some schedulers make more
     size = request.dtype.itemsize
     slid = first + (chunks - 1) * length > window
     cache = cache_bytes(model_config, window, size, slid=slid)

@@ -219,10 +219,8 @@ class Pipeline:
         if frames < 1:
             raise UsageError("frames: there must be at least one to make")
         model, sampling = self.config.model, self.config.sampling
-        steps = options.get("steps")
-        solver = make_sampler(
-            options.get("sampler") or sampling.sampler, self.process, sampling.steps if steps is None else steps
-        )
+        name, steps = options.get("sampler") or sampling.sampler, options.get("steps")
+        solver = make_sampler(name, self.process, sampling.steps if steps is None else steps, sampling.last_timestep)
         videos = list(options.get("videos", (0,)))
         if not videos:
             raise UsageError("videos: there must be at least one to make")

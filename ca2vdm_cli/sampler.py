@@ -132,27 +132,33 @@ class TrailingSampler(DdimSampler):
         self.timesteps = trailing(process.config.train_timesteps, steps)
 
 
-def evenly_in_log_snr(process: NoiseProcess, steps: int) -> list[int]:
-    """N timesteps spread evenly in half log SNR, noisiest first.
+def evenly_in_log_snr(process: NoiseProcess, steps: int, last_timestep: int = 0) -> list[int]:
+    """N timesteps spread evenly in half log SNR, noisiest first, down to ``last_timestep``.
 
     Few steps spread evenly in time would end in one long jump from mild noise to none, which loses fine variation. The
     first timestep is the last of training, though noise beyond a half log SNR of -5 counts as -5.
     """
     half_log_snr = process.half_log_snr
-    goals = torch.linspace(max(-5.0, half_log_snr[-1].item()), half_log_snr[0].item(), steps, dtype=torch.float64)
+    noisiest, cleanest = max(-5.0, half_log_snr[-1].item()), half_log_snr[last_timestep].item()
+    goals = torch.linspace(noisiest, cleanest, steps, dtype=torch.float64)
     timesteps = [len(half_log_snr) - 1]
     for done, goal in enumerate(goals[1:].tolist(), start=1):
         nearest = int((half_log_snr - goal).abs().argmin())
-        timesteps.append(max(min(nearest, timesteps[-1] - 1), steps - 1 - done))
+        timesteps.append(max(min(nearest, timesteps[-1] - 1), last_timestep + steps - 1 - done))
     return timesteps
 
 
 class DpmSolverSampler(Sampler):
     """DPM-Solver++(2M) (Lu et al. 2022): second order, good at 8 to 20 steps."""
 
-    def __init__(self, process: NoiseProcess, steps: int) -> None:
+    def __init__(self, process: NoiseProcess, steps: int, last_timestep: int = 0) -> None:
         super().__init__(process, steps)
-        self.timesteps = evenly_in_log_snr(process, steps)
+        if last_timestep + steps > process.config.train_timesteps:
+            most = process.config.train_timesteps - last_timestep
+            raise UsageError(
+                f"steps: {steps} must be at most {most}, the timesteps from sampling.last_timestep {last_timestep} on"
+            )
+        self.timesteps = evenly_in_log_snr(process, steps, last_timestep)
         self._alpha = [*process.alpha[self.timesteps].tolist(), 1.0]
         self._sigma = [*process.sigma[self.timesteps].tolist(), 0.0]
         self._half_log_snr = process.half_log_snr[self.timesteps].tolist()
@@ -258,8 +264,20 @@ SAMPLERS: dict[str, type[Sampler]] = {
 """Built-in samplers by name."""
 
 
-def make_sampler(name: str, process: NoiseProcess, steps: int) -> Sampler:
-    """The sampler of that name: a built-in one, or a scheduler class of diffusers."""
+def make_sampler(name: str, process: NoiseProcess, steps: int, last_timestep: int = 0) -> Sampler:
+    """The sampler of that name: a built-in one, or a scheduler class of diffusers.
+
+    Args:
+        name: what it is called.
+        process: the model's noise process.
+        steps: N.
+        last_timestep: the cleanest timestep of dpm++; others choose theirs themselves.
+
+    Raises:
+        UsageError: no such sampler, or not for this process or number of steps.
+    """
+    if name == "dpm++":
+        return DpmSolverSampler(process, steps, last_timestep)
     if name in SAMPLERS:
         return SAMPLERS[name](process, steps)
     return DiffusersSampler(process, steps, name)

@@ -287,7 +287,8 @@ class Trainer:
         drawn = float(torch.rand((), generator=self._generator(ROLLOUT, self.step)))
         if chunks == 1 or drawn >= training.rollout_share:
             return None
-        sampler = make_sampler(sampling.sampler, self.objective.process, training.rollout_steps)
+        process, steps = self.objective.process, training.rollout_steps
+        sampler = make_sampler(sampling.sampler, process, steps, sampling.last_timestep)
         generators = [self._generator(ROLLOUT, 2**32 + index) for index in indices]
         with self.accelerator.autocast():
             strength = training.rollout_strength

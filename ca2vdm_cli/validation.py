@@ -125,7 +125,8 @@ class Validator:
         first, text = self._clips(VIDEOS, 1)
         given = None if self.preset.diffusion.unconditional_start else first
         caption = None if text is None else Caption(*text)
-        sampler = make_sampler(self.preset.sampling.sampler, self.process, self.preset.sampling.steps)
+        sampling = self.preset.sampling
+        sampler = make_sampler(sampling.sampler, self.process, sampling.steps, sampling.last_timestep)
         shape = (config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
         noise = SeededNoise(SEED, list(range(VIDEOS)), shape, device)
         context = make_context(self.model, Strategy.CACHED, VIDEOS)

@@ -20,6 +20,7 @@ from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.generation import Caption, Context, SeededNoise, Strategy, generate, make_context
 from ca2vdm_cli.kv_cache import TextKeysValues
 from ca2vdm_cli.model import CausalVideoTransformer
+from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.sampler import SAMPLERS, AncestralSampler, DrawNoise, Sampler, evenly_respaced, make_sampler
 
 MakeModel = Callable[..., CausalVideoTransformer]
@@ -214,6 +215,22 @@ def test_timesteps() -> None:
             timesteps = make_sampler(name, NoiseProcess(DiffusionConfig()), steps).timesteps
             assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
             assert timesteps == sorted(set(timesteps), reverse=True)
+
+
+def test_the_last_timestep_can_be_a_noisy_one() -> None:
+    process = NoiseProcess(DiffusionConfig())
+    for last, steps in ((0, 8), (300, 8), (300, 700)):
+        timesteps = make_sampler("dpm++", process, steps, last).timesteps
+        assert len(timesteps) == steps and (timesteps[0], timesteps[-1]) == (999, last)
+        assert timesteps == sorted(set(timesteps), reverse=True)
+    half_log_snr = [process.half_log_snr[int(t)] for t in make_sampler("dpm++", process, 8, 300).timesteps]
+    gaps = torch.stack(half_log_snr).diff()
+    assert (gaps / gaps.mean() - 1).abs().max() < 0.1, "evenly spread down to it"
+    with pytest.raises(UsageError, match="steps: 701 must be at most 700, the timesteps from sampling"):
+        make_sampler("dpm++", process, 701, 300)
+    with pytest.raises(UsageError, match=r"sampling\.last_timestep: 993 must be at most 992, to leave 8 timesteps"):
+        load_preset("tiny", ["sampling.steps=8", "sampling.last_timestep=993"])
+    assert load_preset("tiny", ["sampling.steps=8", "sampling.last_timestep=992"]).config.sampling.last_timestep == 992
 
 
 # ------------------------------------------------------------------------------------------------------------- names
