@@ -70,6 +70,7 @@ from ca2vdm_cli.data import MovingDigits, digit_images
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.pipeline import Pipeline, find_weights
 from ca2vdm_cli.presets import to_mapping
+from ca2vdm_cli.runtime import Dtype
 from ca2vdm_cli.terminal import note, output_console, print_error
 
 LEGIBLE_BAR, IDENTITY_BAR, FRECHET_BAR, RANGE_BAR, ACCURACY_BAR = 0.99, 0.9, 1.25, 0.95, 0.98
@@ -117,6 +118,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8, help="videos that are generated together")
     parser.add_argument("--device", default="auto", help="where to generate")
+    parser.add_argument("--dtype", choices=[kind.value for kind in Dtype], default="auto", help="to generate in")
     parser.add_argument("--real", action="store_true", help="measure real sequences in place of generated ones")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw the first videos, and a real one below")
@@ -190,7 +192,9 @@ def real_videos(config: Preset, seed: int, videos: int, frames: int) -> Iterator
 
 def generated_videos(args: argparse.Namespace) -> Iterator[np.ndarray]:
     """What the weights make, one at a time: (T, H, W) uint8; colours are averaged."""
-    pipeline = Pipeline.load(args.preset, checkpoint=args.checkpoint, overrides=args.set, device=args.device)
+    pipeline = Pipeline.load(
+        args.preset, checkpoint=args.checkpoint, overrides=args.set, device=args.device, dtype=args.dtype
+    )
     for first in range(0, args.videos, args.batch):
         indices = range(first, min(first + args.batch, args.videos))
         began = time.perf_counter()
