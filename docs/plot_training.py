@@ -1,6 +1,9 @@
 """Draw a run's training curve: loss of every step, its running mean, and the learning rate (needs matplotlib).
 
 python docs/plot_training.py runs/digits -o curve.png
+
+Steps that train unequal numbers of frames have a running mean each: a clip's first chunk alone has another loss than
+all of its chunks.
 """
 
 from __future__ import annotations
@@ -29,17 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         steps, losses, rates, frames = read(args.run / METRICS_FILE)
-        smooth = running_mean(losses)
-        draw(steps, losses, smooth, rates, args.output)
+        draw(steps, losses, rates, frames, args.output)
     except UserError as error:
         print_error(error)
         return error.exit_code
-    note(f"{args.output}: {len(steps)} steps, {frames:,.0f} trained frames, loss {smooth[0]:.3f} to {smooth[-1]:.4f}")
+    first, last = losses[0], running_mean(losses)[-1]
+    note(f"{args.output}: {len(steps)} steps, {frames.sum():,.0f} trained frames, loss {first:.3f} to {last:.4f}")
     return 0
 
 
-def read(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Steps, losses and learning rates, (N,) each, and how many frames were trained.
+def read(path: Path) -> list[np.ndarray]:
+    """Steps, losses, learning rates and how many frames were trained, (N,) each.
 
     Raises:
         UserError: there are none.
@@ -51,7 +54,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         raise UsageError(f"{path}: not the numbers of a training run ({type(error).__name__})") from error
     if not rows:
         raise UserError(f"{path}: no step has been done yet")
-    return columns[0], columns[1], columns[2], int(columns[3].sum())
+    return columns
 
 
 def running_mean(losses: np.ndarray) -> np.ndarray:
@@ -62,18 +65,20 @@ def running_mean(losses: np.ndarray) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
-def draw(steps: np.ndarray, losses: np.ndarray, smooth: np.ndarray, rates: np.ndarray, output: Path) -> None:
+def draw(steps: np.ndarray, losses: np.ndarray, rates: np.ndarray, frames: np.ndarray, output: Path) -> None:
     """Loss on a logarithmic axis, the learning rate below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     above.plot(steps, losses, color="0.8", linewidth=0.6, label="each step")
-    above.plot(steps, smooth, color="tab:blue", label=f"mean of {SMOOTHED} steps")
+    for number in np.unique(frames):
+        same = frames == number
+        above.plot(steps[same], running_mean(losses[same]), label=f"mean of {SMOOTHED} steps of {number:.0f} frames")
     above.set(yscale="log", ylabel="loss")
     above.grid(alpha=0.3, which="both")
     above.legend()
-    below.plot(steps, rates, color="tab:orange")
+    below.plot(steps, rates, color="tab:green")
     below.set(xlabel="step", ylabel="AdamW's rate", ylim=(0, None))
     below.grid(alpha=0.3)
     figure.savefig(output, dpi=110)
