@@ -287,8 +287,7 @@ class Trainer:
         drawn = float(torch.rand((), generator=self._generator(ROLLOUT, self.step)))
         if chunks == 1 or drawn >= training.rollout_share:
             return None
-        process, steps = self.objective.process, training.rollout_steps
-        sampler = make_sampler(sampling.sampler, process, steps, sampling.last_timestep)
+        sampler = make_sampler(sampling.sampler, self.objective.process, training.rollout_steps)
         generators = [self._generator(ROLLOUT, 2**32 + index) for index in indices]
         with self.accelerator.autocast():
             strength = training.rollout_strength
