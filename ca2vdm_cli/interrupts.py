@@ -35,9 +35,14 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def noted_interrupts() -> Iterator[Callable[[], bool]]:
+def noted_interrupts(
+    silent_at: Callable[[FrameType], bool] = lambda frame: False,
+) -> Iterator[Callable[[], bool]]:
     """Interrupts raise ``KeyboardInterrupt`` as ever, and are noted: a library that calls back may drop what is raised
     there. Yields a function that tells whether there was one.
+
+    Args:
+        silent_at: where in the program they are noted only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -46,7 +51,8 @@ def noted_interrupts() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.append(number)
-        raise KeyboardInterrupt
+        if frame is None or not silent_at(frame):
+            raise KeyboardInterrupt
 
     with _handled_by(note):
         yield lambda: bool(noted)

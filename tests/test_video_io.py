@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import av
 import cv2
@@ -259,6 +259,34 @@ def test_ctrl_c_that_a_library_dropped(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt), open_reader("-") as reader:
         list(reader)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_on_the_way_into_a_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """PyAV catches nothing that is raised before the first line of what it calls, and prints a traceback."""
+    save(tmp_path / "clip.y4m", make_clip())
+    file = io.BytesIO((tmp_path / "clip.y4m").read_bytes())
+    stream = SimpleNamespace(seekable=lambda: False, read1=lambda size: file.read(min(size, 4000)), read=file.read)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=stream, isatty=lambda: False))
+    entered: list[str] = []
+
+    def on_entry(frame: FrameType, event: str, _: object) -> None:
+        if frame.f_code.co_name == "read" and Path(frame.f_code.co_filename).name == "reading.py":
+            entered.append(event)
+            if len(entered) == 2:
+                handler = signal.getsignal(signal.SIGINT)
+                assert callable(handler)
+                handler(signal.SIGINT, frame)
+
+    before = sys.gettrace()
+    sys.settrace(on_entry)
+    try:
+        with pytest.raises(KeyboardInterrupt), open_reader("-") as reader:
+            list(reader)
+    finally:
+        sys.settrace(before)
+    assert len(entered) >= 2 and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("seekable", [True, False])

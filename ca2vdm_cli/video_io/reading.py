@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import BinaryIO
 
 import av
@@ -136,8 +136,8 @@ def _open_archive(name: str, path: Path) -> VideoReader:
 class _Pipe:
     """A pipe as FFmpeg reads it: what has arrived so far, and no seeking.
 
-    PyAV drops what is raised while FFmpeg calls back, so it is kept here and raised by ``check``; a KeyboardInterrupt
-    too, though it may be raised on the way to ``read`` and never get there.
+    PyAV drops what is raised while FFmpeg calls back, so it is kept here and raised by ``check``. What would be raised
+    on the way into ``read`` it also prints: an interrupt there is noted only, see ``unguarded``.
     """
 
     def __init__(self, file: BinaryIO, interrupted: Callable[[], bool]) -> None:
@@ -147,10 +147,16 @@ class _Pipe:
 
     def read(self, size: int) -> bytes:
         try:
+            guarded = True  # noqa: F841 (looked up by unguarded)
             return b"" if self._error or self._interrupted() else self._read(size)
         except BaseException as error:
             self._error = error
             return b""
+
+    @classmethod
+    def unguarded(cls, frame: FrameType) -> bool:
+        """Whether ``read`` has been entered, but not yet its ``try``."""
+        return frame.f_code is cls.read.__code__ and "guarded" not in frame.f_locals
 
     def check(self) -> None:
         if self._interrupted():
@@ -165,7 +171,7 @@ def _open_video(name: str, path: Path | None) -> VideoReader:
         file: BinaryIO = stack.enter_context(path.open("rb")) if path else sys.stdin.buffer
         # FFmpeg sees bytes without a name and may open nothing else: a playlist inside the file leads nowhere.
         # The methods of a file are C functions, during which no KeyboardInterrupt is raised.
-        pipe = None if file.seekable() else _Pipe(file, stack.enter_context(noted_interrupts()))
+        pipe = None if file.seekable() else _Pipe(file, stack.enter_context(noted_interrupts(_Pipe.unguarded)))
         source = pipe or SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
         options = {"protocol_whitelist": "none", "fflags": "+discardcorrupt"}
         try:
