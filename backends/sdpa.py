@@ -46,13 +46,13 @@ def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     out = torch.empty_like(q)
     for i, j in product(range(0, rows, each), range(0, queries, some)):
         part = slice(i, i + each), slice(None), slice(j, j + some)
-        own, seen, told = (x.flatten(0, 1) for x in (q[part], k[part[0]], v[part[0]]))  # (N*H, Q or K, E)
-        scores = own.new_empty(len(own), own.shape[1], keys)
-        torch.baddbmm(scores, own, seen.transpose(1, 2), beta=0, alpha=size**-0.5, out=scores)
+        block_q, block_k, block_v = (x.flatten(0, 1) for x in (q[part], k[part[0]], v[part[0]]))  # (N*H, Q or K, E)
+        scores = q.new_empty(*block_q.shape[:2], keys)
+        torch.baddbmm(scores, block_q, block_k.transpose(1, 2), beta=0, alpha=size**-0.5, out=scores)
         if mask is not None:
             scores.masked_fill_(~mask[part].flatten(0, 1), float("-inf"))
         torch.softmax(scores, dim=-1, out=scores)
-        out[part] = (scores @ told).unflatten(0, (-1, heads))
+        out[part] = (scores @ block_v).unflatten(0, (-1, heads))
     return out
 
 

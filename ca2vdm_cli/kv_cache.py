@@ -10,6 +10,7 @@ K frames of the spatial prefix, M text tokens.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,22 @@ class LayerCache(NamedTuple):
     temporal_v: Tensor  # (B*S, H, R, E)
     spatial_k: Tensor | None  # (B, H, K, S, E)
     spatial_v: Tensor | None  # (B, H, K, S, E)
+
+
+def write_slots(ring: Tensor, slots: Tensor, frames: Tensor) -> None:
+    """Put frames (B*S, H, T, E) into those slots (T,) of a ring (B*S, H, R, E).
+
+    PyTorch's ``index_copy_`` takes more than twice as long as slices on a CPU; slots follow one another but where the
+    ring wraps, so there are few.
+    """
+    traced = torch.compiler.is_compiling() or type(slots) is not Tensor  # or simulated: slots have no numbers
+    if traced or slots.device.type != "cpu":
+        ring.index_copy_(2, slots, frames)
+        return
+    numbers = slots.tolist()
+    breaks = [t for t in range(1, len(numbers)) if numbers[t] != numbers[t - 1] + 1]
+    for start, stop in pairwise([0, *breaks, len(numbers)]):
+        ring[:, :, numbers[start] : numbers[stop - 1] + 1] = frames[:, :, start:stop]
 
 
 class TextKeysValues(NamedTuple):

@@ -8,7 +8,6 @@ text tokens.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from .attention import Backend
 from .config import ModelConfig, SpatialPrefix
 from .frame_plan import FramePlan, rotate
-from .kv_cache import LayerCache, TextKeysValues
+from .kv_cache import LayerCache, TextKeysValues, write_slots
 
 
 def sincos_1d(positions: Tensor, size: int) -> Tensor:
@@ -224,18 +223,6 @@ class PrefixAttention(SelfAttention):
         return self.merge(self.attend(q, k, v, mask).transpose(1, 2)).view_as(x)
 
 
-def put(ring: Tensor, slots: Tensor, frames: Tensor) -> None:
-    """Write frames (N, H, T, E) to those slots of a ring (N, H, R, E), which are one range or two, where it wraps."""
-    if type(slots) is not Tensor or slots.device.type != "cpu" or torch.compiler.is_compiling():
-        ring.index_copy_(2, slots, frames)
-        return
-    # PyTorch's index_copy_ takes four times as long as a slice on a CPU
-    numbers = slots.tolist()
-    breaks = [t for t in range(1, len(numbers)) if numbers[t] != numbers[t - 1] + 1]
-    for start, stop in pairwise([0, *breaks, len(numbers)]):
-        ring[:, :, numbers[start] : numbers[stop - 1] + 1] = frames[:, :, start:stop]
-
-
 class TemporalAttention(SelfAttention):
     """Each of the S positions attends over time, to itself and to earlier frames."""
 
@@ -273,8 +260,8 @@ class TemporalAttention(SelfAttention):
     @staticmethod
     def _store(k: Tensor, v: Tensor, plan: FramePlan, cache: LayerCache) -> tuple[Tensor, Tensor]:
         assert plan.slots is not None
-        put(cache.temporal_k, plan.slots, k)
-        put(cache.temporal_v, plan.slots, v)
+        write_slots(cache.temporal_k, plan.slots, k)
+        write_slots(cache.temporal_v, plan.slots, v)
         return cache.temporal_k, cache.temporal_v
 
 
