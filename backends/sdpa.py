@@ -14,6 +14,8 @@ from ca2vdm_backends.eager import EagerBackend
 from ca2vdm_cli.attention import Backend
 from ca2vdm_cli.hookspecs import hookimpl
 
+FLASH_ATTN_HEAD = 256
+"""Largest size of a head that flash-attn has kernels for."""
 FEW_QUERIES = 16
 """So few are faster without a fused kernel in float32 on a CPU; 33 take three times as long."""
 BLOCK = 2**20
@@ -27,6 +29,13 @@ def _flash_attn() -> Callable[..., Any] | None:
     except (ImportError, OSError):
         return None
     return flash_attn_func
+
+
+def _suits_flash_attn(q: Tensor) -> bool:
+    """Whether flash-attn takes such queries: in half precision, heads of at most 256, on an Ampere GPU or later."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > FLASH_ATTN_HEAD:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -69,8 +78,8 @@ class SdpaBackend(EagerBackend):
     its fused forward takes half as long again; and bfloat16 where the processor multiplies it but has no AMX, which
     the fused kernel does not use: there it takes 1.3 to 2.5 times as long as the products, block by block.
 
-    With the flash-attn package on a GPU, unmasked half-precision attention goes there instead. That path was never run
-    by the authors, who had no such GPU.
+    With the flash-attn package, unmasked half-precision attention goes there instead on the GPUs and head sizes that it
+    is made for. That path was never run by the authors, who had no such GPU.
     """
 
     name = "sdpa"
@@ -85,7 +94,7 @@ class SdpaBackend(EagerBackend):
         self._products_beat_fused = bfloat16 and not amx
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self._flash_attn is not None and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        if self._flash_attn is not None and mask is None and _suits_flash_attn(q):
             out: Tensor = self._flash_attn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (N, Q, H, E)
             return out.transpose(1, 2)
         if q.device.type == "cpu" and self._plain_is_faster(q):

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ca2vdm_cli.checkpoint import save_tensors
-from ca2vdm_cli.config import AutoencoderConfig, AutoencoderKind, TrainingConfig, VideoConfig
-from ca2vdm_cli.data import ClipSource
-from ca2vdm_cli.errors import UsageError, UserError
+from .checkpoint import save_tensors
+from .config import AutoencoderConfig, AutoencoderKind, TrainingConfig, VideoConfig
+from .data import ClipSource
+from .errors import UsageError, UserError, first_line
 
 ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 """Residual blocks at each of the two resolutions."""
@@ -161,14 +161,16 @@ class DiffusersAutoencoder(nn.Module):
         try:
             self.model = AutoencoderKL.from_pretrained(config.path)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"autoencoder.path: no AutoencoderKL can be loaded from {config.path}: {reason}") from error
+            raise UserError(
+                f"autoencoder.path: no AutoencoderKL can be loaded from {config.path} ({first_line(error)}); name one "
+                "of diffusers, by folder or by its name on the hub"
+            ) from error
         for what, theirs, ours in (
             ("model.in_channels", self.model.config.latent_channels, in_channels),
             ("autoencoder.downsample", 2 ** (len(self.model.config.block_out_channels) - 1), config.downsample),
         ):
             if theirs != ours:
-                raise UserError(f"{what}: {ours} does not fit the autoencoder {config.path}, which has {theirs}")
+                raise UserError(f"{what}: {ours} does not fit the autoencoder {config.path}; set it to {theirs}")
         self.channels, self.scale_factor = channels, config.scale_factor
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -210,12 +212,17 @@ def _load_weights(autoencoder: ConvAutoencoder, path: Path) -> None:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"autoencoder weights: {path} cannot be read: {error}") from error
+        raise UserError(
+            f"autoencoder weights: {path} cannot be read ({first_line(error)}); name a safetensors file"
+        ) from error
     ours = autoencoder.state_dict()
     for key in sorted(ours.keys() | weights.keys()):
         have, need = (tuple(state[key].shape) if key in state else "nothing" for state in (weights, ours))
         if have != need:
-            raise UserError(f"autoencoder weights: {path} has {have} at {key}, this preset's autoencoder needs {need}")
+            raise UserError(
+                f"autoencoder weights: {path} has {have} at {key}, this preset's autoencoder needs {need}; name the "
+                "file it was trained with"
+            )
     autoencoder.load_state_dict(weights)
 
 

@@ -30,7 +30,7 @@ app = typer.Typer(
 
 
 class StrategyName(str, Enum):
-    """``sampler.Strategy``, without importing torch."""
+    """``generation.Strategy``, without importing torch."""
 
     cached = "cached"
     recompute = "recompute"

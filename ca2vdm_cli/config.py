@@ -493,8 +493,8 @@ class TrainingConfig:
     """Train every chunk of a clip in one forward that shares the clean frames; ``prefix_lengths`` then says where the
     first chunk begins, by default 1, or 0 with ``diffusion.unconditional_start``."""
     clip_frames: Count | None = None
-    """Frames of a clip with ``parallel_chunks``; by default a full window and a chunk. In a longer one clean frames
-    leave the window as they do when a long video is generated (window eviction)."""
+    """Frames of a clip with ``parallel_chunks``; by default the fewest whole chunks that hold a window and a chunk. In
+    a longer one clean frames leave the window as they do when a long video is generated (window eviction)."""
     first_chunk_share: Share = 0.0
     """Share of the steps with ``parallel_chunks`` that train a clip's first chunk alone. A video's first chunk is the
     hardest to make, with nothing before it, and only one of a clip's many."""

@@ -1,5 +1,7 @@
 """The one error a user may cause. Anything else that reaches the terminal as a traceback is a bug of ours."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """A request that cannot be carried out: one line that says what, where, and what to do.
@@ -19,3 +21,8 @@ class UsageError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=2)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message; the error's name where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -138,7 +138,18 @@ def forecast(request: Request) -> dict[str, Any]:
         "fits": available is None or running <= available,
         "cache_budget_bytes": budget,
         **_windows(request, budget),
+        "left_out": _left_out(request),
     }
+
+
+def _left_out(request: Request) -> list[str]:
+    """What the run takes beside what is predicted."""
+    config, found = request.preset.config, []
+    if config.video is not None and not config.autoencoder.kind.trained_here:
+        found.append("the autoencoder of diffusers")
+    if config.text is not None:
+        found += ["the text encoder", "a prompt's guidance (twice the cache and the operations of a step)"]
+    return found
 
 
 def _windows(request: Request, budget: int | None) -> dict[str, int | None]:

@@ -122,21 +122,6 @@ class KVCache:
         """Bytes of the caption's keys, values and mask, which all blocks share."""
         return sum(layer.k.nbytes + layer.v.nbytes for layer in self.text) + sum(t.mask.nbytes for t in self.text[:1])
 
-    @property
-    def window_nbytes(self) -> int:
-        """Bytes of the P_max cached frames and the K prefix frames: the paper's formula, without a chunk's slots."""
-        config = self.config
-        frame = config.depth * self.batch_size * config.tokens_per_frame * 2 * config.hidden_size * self.dtype.itemsize
-        return frame * (self.clock.context_frames + self.spatial_frames)
-
-    def reset(self) -> None:
-        """Forget all frames; the caption stays. Buffers are zeroed so that no stale number can be read."""
-        self.frames, self.sink_keys = 0, []
-        for layer in self.layers:
-            for buffer in layer:
-                if buffer is not None:
-                    buffer.zero_()
-
     def plan(self, frames: int, *, clean: bool) -> FramePlan:
         """The plan of a forward over the next ``frames`` frames: a noisy chunk, or a clean write.
 

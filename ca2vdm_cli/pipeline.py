@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .attention import Backend
-from .autoencoder import Autoencoder, load_autoencoder
+from .autoencoder import FRAMES_AT_ONCE, Autoencoder, load_autoencoder
 from .checkpoint import load_tensors, load_weights
 from .config import Preset
 from .diffusion import NoiseProcess
@@ -137,7 +137,7 @@ class Pipeline:
             )
         where = resolve_device(device)
         number = resolve_dtype(Dtype(dtype), where)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # weights are made on the processor
             torch.manual_seed(seed)
             model = CausalVideoTransformer(loaded.config.model, choose_backend(backend, where, number))
             if weights is None:
@@ -180,10 +180,10 @@ class Pipeline:
             )
         if first_frame is None:
             return self._run(frames, None, options)
-        given = _repeat(self._checked(first_frame[None]), options)
+        given = self._checked(first_frame[None])
         if frames == 1:
-            return iter([VideoChunk(0, given, 0.0, 0.0, 0.0, 0.0, 0)])
-        return _after(given, self._run(frames - 1, given, options))
+            return iter([VideoChunk(0, _repeat(given, options), 0.0, 0.0, 0.0, 0.0, 0)])
+        return _after(_repeat(given, options), self._run(frames - 1, given, options))
 
     def extend(self, given: Frames, frames: int, **options: Unpack[RunOptions]) -> Iterator[VideoChunk]:
         """Continue a video; yields the new frames only.
@@ -197,7 +197,7 @@ class Pipeline:
             UsageError: a request that can't be met.
         """
         window = options.get("context_frames") or self.config.model.context_frames
-        return self._run(frames, _repeat(self._checked(given)[-window:], options), options)
+        return self._run(frames, self._checked(given)[-window:], options)
 
     def _checked(self, given: Frames) -> Frames:
         """Frames from the caller, if there are any and they are what the autoencoder takes."""
@@ -212,7 +212,10 @@ class Pipeline:
         return given
 
     def _run(self, frames: int, given: Frames | None, options: RunOptions) -> Iterator[VideoChunk]:
-        """Check everything now, so that a wrong request fails before the first chunk is asked for."""
+        """Check everything now, so that a wrong request fails before the first chunk is asked for.
+
+        All the videos begin with the same given frames (T, H, W, channels).
+        """
         self._autoencoder()
         if unknown := sorted(options.keys() - RunOptions.__annotations__.keys()):
             raise TypeError(f"unknown option {unknown[0]}; known: {', '.join(RunOptions.__annotations__)}")
@@ -235,7 +238,7 @@ class Pipeline:
             context_frames=options.get("context_frames"),
         )
         chunks = math.ceil(frames / model.chunk_frames)
-        start = 0 if given is None else given.shape[1]
+        start = 0 if given is None else len(given)
         context.clock.check_length(start + chunks * model.chunk_frames)
         shape = (model.in_channels, model.chunk_frames, model.latent_height, model.latent_width)
         noise = SeededNoise(options.get("seed", 0), videos, shape, self.model.device)
@@ -252,7 +255,7 @@ class Pipeline:
                 on_step=options.get("on_step"),
             )
 
-        return self._stream(frames, given, context, latents)
+        return self._stream(frames, len(videos), given, context, latents)
 
     def _caption(self, options: RunOptions, videos: int) -> Caption | None:
         """What the videos are conditioned on; None for a model without text."""
@@ -279,13 +282,14 @@ class Pipeline:
     def _stream(
         self,
         frames: int,
+        videos: int,
         given: Frames | None,
         context: Context,
         run: Callable[[Tensor | None], Iterator[LatentChunk]],
     ) -> Iterator[VideoChunk]:
         """Encode what is given, and decode chunk after chunk until there are enough frames."""
         began = time.perf_counter()
-        latents = None if given is None else self.encode(given)
+        latents = None if given is None else self.encode(given[None]).expand(videos, -1, -1, -1, -1)
         synchronize(self.model.device)
         encode_seconds = time.perf_counter() - began
         for chunk in run(latents):
@@ -307,9 +311,11 @@ class Pipeline:
     @torch.inference_mode()
     def encode(self, frames: Frames) -> Tensor:
         """Pixels (B, T, H, W, channels) uint8 at the model's size -> latents (B, C, T, h, w)."""
-        pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.model.device)
-        pixels = pixels.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return self._autoencoder().encode(pixels).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        autoencoder, latents = self._autoencoder(), []
+        for part in torch.from_numpy(np.ascontiguousarray(frames)).flatten(0, 1).split(FRAMES_AT_ONCE):
+            pixels = part.to(self.model.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            latents.append(autoencoder.encode(pixels))
+        return torch.cat(latents).unflatten(0, frames.shape[:2]).transpose(1, 2)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Frames:

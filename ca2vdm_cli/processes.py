@@ -6,6 +6,7 @@ Only CPU processes (gloo) were ever run by the authors, with DDP, FSDP2 and Deep
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -86,11 +87,22 @@ def gather_for(module: nn.Module, method: str) -> None:
     register_fsdp_forward_method(module, method)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A parameter or moment as one ordinary tensor, gathered from the processes that share it (FSDP)."""
-    gather = getattr(tensor, "full_tensor", None)
-    full: Tensor = gather() if gather is not None else tensor
-    return full
+def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
+    """Parameters or moments as ordinary tensors, gathered from the processes that share them (FSDP).
+
+    Args:
+        tensors: by name; all processes must name the same. One at a time is whole on a GPU, and goes to the processor.
+        keep: whether this process wants them; the others help and get nothing.
+    """
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        gather = getattr(tensor, "full_tensor", None)
+        if gather is not None:
+            full: Tensor = gather()
+            tensor = full.cpu()
+        if keep:
+            kept[name] = tensor
+    return kept
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:

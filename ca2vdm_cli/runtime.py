@@ -12,7 +12,7 @@ from enum import Enum
 
 import torch
 
-from .errors import UsageError
+from .errors import UsageError, first_line
 
 
 class Dtype(str, Enum):
@@ -32,15 +32,19 @@ def resolve_device(name: str) -> torch.device:
         UsageError: no such device here.
     """
     if name == "auto":
-        local_rank = os.environ.get("LOCAL_RANK", "0")
-        return torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local_rank, gpus = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+        if not local_rank.isdecimal() or int(local_rank) >= gpus:
+            raise UsageError(
+                f"LOCAL_RANK {local_rank}: this machine has {gpus} GPUs; launch no more processes than that"
+            )
+        return torch.device(f"cuda:{int(local_rank)}")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(
-            f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from None
+        raise UsageError(f"--device {name}: not available here ({first_line(error)}); try --device cpu") from None
     return device
 
 

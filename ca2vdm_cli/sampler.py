@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import NoiseProcess, interpolate_variance, posterior
-from .errors import UsageError
+from .errors import UsageError, first_line
 
 DrawNoise = Callable[[int], Tensor]
 """Standard normal noise (B, C, L, h, w) to be added after denoising step i."""
@@ -215,7 +215,7 @@ class DiffusersSampler(Sampler):
             self._scheduler = kind.from_config(settings)  # type: ignore[union-attr]
             self._scheduler.set_timesteps(steps)
         except Exception as error:  # whatever a third party's constructor raises
-            raise UsageError(f"sampler: {name} can't be used here ({str(error).splitlines()[0]})") from error
+            raise UsageError(f"sampler: {name} can't be used here ({first_line(error)})") from error
         self._steps = steps
         self._random = "generator" in _parameters(self._scheduler.step)
         self.timesteps = [float(t) for t in self._scheduler.timesteps]

@@ -33,11 +33,11 @@ from .model import CausalVideoTransformer
 from .objective import Draw, Objective
 from .optimizers import make_optimizers
 from .presets import PRESET_FILE, dump_preset
-from .processes import any_process, gather_for, like, whole
+from .processes import any_process, gather_for, gathered, like
 from .rollout import own_context
 from .run_folder import STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
 from .runtime import peak_memory
-from .sampler import make_sampler
+from .sampler import Sampler, make_sampler
 from .text_encoder import TextEncoder
 from .training_log import TrainingLog
 from .validation import Validator
@@ -45,8 +45,11 @@ from .validation import Validator
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+OTHER_SETTINGS = "not of these settings; resume with those that the run began with"
 CLIP, STEP, ROLLOUT, TEXT = 1, 2, 3, 4
 """What random numbers are for: a clip's noise, a step's prefix length, a clip's rollout, or its text dropout."""
+RATES = {"adamw": "learning_rate", "muon": "muon_learning_rate"}
+"""The setting of each optimizer's peak learning rate."""
 TEMPORAL_LAYERS = ("attn_temp", "attn_temp_pre_merge", "attn_cf")
 """Layers of a block that video adds to an image model."""
 
@@ -89,12 +92,13 @@ class Trainer:
         accelerator: devices and processes.
         steps: the last step, for the learning-rate schedule.
         seed: of everything.
-        origin: where the clips come from and how they are fitted, remembered for ``--resume``.
+        origin: where clips and teacher come from, remembered for ``--resume``.
         teacher: a trained model to make a few-step student of, see ``distillation``.
         text_encoder: what captions are encoded by; without it a model with text learns its stored caption only.
 
     Raises:
-        UsageError: a batch size that the processes don't divide, or an optimizer that can't be shared among them.
+        UsageError: a batch size that the processes don't divide, an optimizer that can't be shared among them, or a
+            sampler that rollouts can't use.
     """
 
     def __init__(
@@ -132,6 +136,9 @@ class Trainer:
         self.objective = Objective(self.model, process, training)
         if teacher is not None:
             self.objective = Distillation(self.model, process, training, teacher, preset.distillation)
+        self._rollout_sampler: Sampler | None = None
+        if training.rollout_share:
+            self._rollout_sampler = make_sampler(preset.sampling.sampler, process, training.rollout_steps)
         if zero.in_use(accelerator):
             zero.configure(accelerator, training, self.share)
         optimizers = make_optimizers(self.model, training)
@@ -191,9 +198,10 @@ class Trainer:
             parts.append(terms)
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), training.gradient_clip))
         if not math.isfinite(norm):
+            rates = " and ".join(f"training.{RATES[name]} (now {self._peaks[name]})" for name in self.optimizers)
             raise UserError(
-                f"step {self.step + 1}: the gradient is {norm}; train with a smaller --set "
-                f"training.learning_rate (now {training.learning_rate}), from the last checkpoint if there is one"
+                f"step {self.step + 1}: the gradient is {norm}; train with smaller --set {rates}, from the last "
+                "checkpoint if there is one"
             )
         for optimizer in self.optimizers.values():
             optimizer.step()
@@ -283,11 +291,10 @@ class Trainer:
         self, latents: Tensor, prefix: int, chunks: int, indices: range, text: tuple[Tensor, Tensor] | None
     ) -> Tensor | None:
         """The clips' clean frames as the model makes them, in the share of steps that trains on these."""
-        training, sampling = self.preset.training, self.preset.sampling
+        training, sampler = self.preset.training, self._rollout_sampler
         drawn = float(torch.rand((), generator=self._generator(ROLLOUT, self.step)))
-        if chunks == 1 or drawn >= training.rollout_share:
+        if sampler is None or chunks == 1 or drawn >= training.rollout_share:
             return None
-        sampler = make_sampler(sampling.sampler, self.objective.process, training.rollout_steps)
         generators = [self._generator(ROLLOUT, 2**32 + index) for index in indices]
         with self.accelerator.autocast():
             strength = training.rollout_strength
@@ -324,17 +331,18 @@ class Trainer:
                 torch._foreach_lerp_([self.average[k] for k in keys], [own[k].detach() for k in keys], 1 - decay)
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The moving average, gathered from all processes."""
-        return {key: whole(value) for key, value in self.average.items()}
+        """The moving average, gathered from all processes; empty in all but the first."""
+        return gathered(self.average.items(), keep=self.accelerator.is_main_process)
 
     # ------------------------------------------------------------------------------------------------- on disk
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint: the averaged weights, which ``sample`` loads, and the state to resume from."""
-        state = {f"model.{key}": whole(value) for key, value in self.model.state_dict().items()}
+        main = self.accelerator.is_main_process
+        state = gathered(((f"model.{key}", value) for key, value in self.model.state_dict().items()), keep=main)
         for name, key, moments in self._moments():
-            state |= {f"{name}.{key}.{moment}": whole(value) for moment, value in moments.items()}
+            state |= gathered(((f"{name}.{key}.{moment}", value) for moment, value in moments.items()), keep=main)
         average = self.averaged_weights()
-        if self.accelerator.is_main_process:
+        if main:
             facts = {"seed": str(self.seed), "steps": str(self.steps), **self.origin}
             folder.save(self.step, facts, {WEIGHTS_FILE: average, STATE_FILE: state})
         self.accelerator.wait_for_everyone()
@@ -350,12 +358,12 @@ class Trainer:
         for key, value in checkpoint.tensors(STATE_FILE).items():
             part, _, name = key.partition(".")
             if part not in parts:
-                raise UserError(f"{path}: unknown tensor {key}; not a training state of these settings")
+                raise UserError(f"{path}: unknown tensor {key}; {OTHER_SETTINGS}")
             parts[part][name] = value
         self._load(parts.pop("model"), str(path))
         average = checkpoint.tensors(WEIGHTS_FILE)
         if average.keys() != self.average.keys():
-            raise UserError(f"{checkpoint.folder / WEIGHTS_FILE}: not the weights of these settings")
+            raise UserError(f"{checkpoint.folder / WEIGHTS_FILE}: {OTHER_SETTINGS}")
         self.average = {key: like(average[key], own) for key, own in self.average.items()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for part, moments in parts.items():
@@ -368,7 +376,7 @@ class Trainer:
             for key, value in moments.items():
                 name, _, moment = key.rpartition(".")
                 if name not in parameters:
-                    raise UserError(f"{path}: unknown tensor {part}.{key}; not a training state of these settings")
+                    raise UserError(f"{path}: unknown tensor {part}.{key}; {OTHER_SETTINGS}")
                 parameter = parameters[name]
                 fits = value.shape == parameter.shape
                 state[parameter][moment] = like(value, parameter.detach()) if fits else value

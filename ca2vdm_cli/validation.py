@@ -60,6 +60,9 @@ class Validator:
             else from one given frame.
         folder: where videos and sheets go.
         text_encoder: what the clips' captions are encoded by; without it those of a model with text are not used.
+
+    Raises:
+        UsageError: a sampler that the preset's noise process can't use.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class Validator:
         self.model = CausalVideoTransformer(preset.model, backend).to(device).eval().requires_grad_(False)
         self.process = NoiseProcess(preset.diffusion)
         self.objective = Objective(self.model, self.process, TrainingConfig())
+        sampling = preset.sampling
+        self.sampler = make_sampler(sampling.sampler, self.process, sampling.steps, sampling.last_timestep)
 
     @torch.no_grad()
     def __call__(self, weights: dict[str, Tensor], step: int) -> ValidationReport:
@@ -125,15 +130,13 @@ class Validator:
         first, text = self._clips(VIDEOS, 1)
         given = None if self.preset.diffusion.unconditional_start else first
         caption = None if text is None else Caption(*text)
-        sampling = self.preset.sampling
-        sampler = make_sampler(sampling.sampler, self.process, sampling.steps, sampling.last_timestep)
         shape = (config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
         noise = SeededNoise(SEED, list(range(VIDEOS)), shape, device)
         context = make_context(self.model, Strategy.CACHED, VIDEOS)
         start, longest = 0 if given is None else 1, context.clock.longest
         frames = 2 * config.context_frames
         chunks = -(-frames // config.chunk_frames) if longest is None else (longest - start) // config.chunk_frames
-        made = generate(context, self.process, sampler, noise, chunks, given=given, caption=caption)
+        made = generate(context, self.process, self.sampler, noise, chunks, given=given, caption=caption)
         latents = torch.cat([*([] if given is None else [given]), *(chunk.latents for chunk in made)], dim=2)
         parts = latents.transpose(1, 2).flatten(0, 1).split(FRAMES_AT_ONCE)
         pixels = torch.cat([self.autoencoder.decode(part) for part in parts])

@@ -1,4 +1,4 @@
-"""What the tests of the commands share: how a command is called, and clips to give it."""
+"""What tests share: how a command is called, and clips to give it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ca2vdm_cli.__main__ import main
+from ca2vdm_cli.data import ClipSource
 from ca2vdm_cli.video_io import Frame, open_reader, open_writer, to_channels
 
 Make = Callable[..., list[Frame]]
@@ -49,6 +52,11 @@ def clip(count: int, height: int = 32, width: int = 32) -> list[Frame]:
         .astype(np.uint8)
         for i in range(count)
     ]
+
+
+def batch(source: ClipSource, index: int, size: int, frames: int) -> Tensor:
+    """The clips ``index`` to ``index + size - 1`` as one (B, T, C, H, W) tensor."""
+    return torch.stack([source.clip(i, frames) for i in range(index, index + size)])
 
 
 def gray(frames: list[Frame]) -> list[Frame]:

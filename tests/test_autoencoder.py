@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_kit import batch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ca2vdm_cli.autoencoder import ConvAutoencoder, load_autoencoder, save_autoencoder, train_autoencoder
 from ca2vdm_cli.config import AutoencoderConfig, AutoencoderKind, SyntheticDataConfig, TrainingConfig, VideoConfig
-from ca2vdm_cli.data import MovingDigits, batch
+from ca2vdm_cli.data import MovingDigits
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.presets import load_preset
 
@@ -168,7 +169,7 @@ def test_diffusers_autoencoder(tmp_path: Path) -> None:
     assert torch.allclose(ours.decode(0.5 * expected), picture.clamp(-1, 1), atol=1e-5)
     gray = load_autoencoder(config, VIDEO, 4)
     assert torch.allclose(gray.decode(gray.encode(frames[:, :1])), picture.mean(1, True).clamp(-1, 1), atol=1e-5)
-    with pytest.raises(UserError, match=r"model\.in_channels: 6 does not fit .* has 4"):
+    with pytest.raises(UserError, match=r"model\.in_channels: 6 does not fit .*; set it to 4"):
         load_autoencoder(config, rgb, 6)
     absent = AutoencoderConfig(kind=AutoencoderKind.DIFFUSERS, path=str(tmp_path / "absent"), downsample=2)
     with pytest.raises(UserError, match=r"autoencoder\.path: no AutoencoderKL can be loaded from"):

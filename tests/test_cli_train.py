@@ -27,6 +27,7 @@ from command_kit import (
 )
 
 from ca2vdm_cli.checkpoint import load_tensors
+from ca2vdm_cli.config import Crop
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
 from ca2vdm_cli.trainer import Trainer
@@ -86,7 +87,7 @@ def test_a_runs_folder_brings_its_own_preset(weights: Path, refused: Refused) ->
     assert "has a preset of its own; leave out --preset tiny" in line
 
 
-@pytest.mark.parametrize("metadata", [{}, {"seed": "x"}, {"seed": "1", "aspect": "x"}])
+@pytest.mark.parametrize("metadata", [{}, {"seed": "x"}])
 def test_a_training_state_that_is_none(refused: Refused, metadata: dict[str, str]) -> None:
     tensors = {"a": torch.zeros(1)}
     RunFolder(Path("run")).save(1, metadata, {WEIGHTS_FILE: tensors, STATE_FILE: tensors})
@@ -102,6 +103,8 @@ def test_resumed_training_fits_its_videos_as_before() -> None:
     assert ca2vdm("train", *RUN, "--resume", "--steps", 4, "--out", "parts", "-q") == 0
     whole, parts = (load_tensors(Path(run, WEIGHTS_FILE))[0] for run in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert ca2vdm("train", *RUN, "--resume", "--steps", 4, "--out", "parts", "-q", "--set", "data.crop=pad") == 0
+    assert load_preset("parts").config.data.crop is Crop.PAD
 
 
 def test_videos_that_were_left_out_are_named(capsys: pytest.CaptureFixture[str]) -> None:

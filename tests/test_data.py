@@ -6,9 +6,10 @@ import av
 import numpy as np
 import pytest
 import torch
+from command_kit import batch
 
 from ca2vdm_cli.config import DataConfig, SyntheticDataConfig, VideoConfig
-from ca2vdm_cli.data import TILE, MovingDigits, VideoClips, batch, clips, digit_images, read_layout
+from ca2vdm_cli.data import TILE, MovingDigits, VideoClips, clips, digit_images, read_layout
 from ca2vdm_cli.errors import UsageError, UserError
 
 GRAY = VideoConfig(height=64, width=64, channels=1)

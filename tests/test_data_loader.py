@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_kit import batch
 
 from ca2vdm_cli.config import DataConfig
-from ca2vdm_cli.data import ClipLoader, ClipSource, MovingDigits, batch, loader, open_clips
+from ca2vdm_cli.data import ClipLoader, ClipSource, MovingDigits, loader, open_clips
 from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.video_io import open_writer

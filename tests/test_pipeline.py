@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import ca2vdm_cli
 from ca2vdm_cli.__main__ import main
@@ -190,3 +191,23 @@ def test_preset_without_weights() -> None:
     assert not pipeline.trained
     with pytest.raises(UsageError, match="works on latents only and makes no pictures"):
         pipeline.sample(4)
+
+
+def test_given_frames_are_encoded_once_and_a_few_at_a_time(
+    pipeline: Pipeline, given: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    autoencoder = pipeline.autoencoder
+    assert autoencoder is not None
+    encode = autoencoder.encode
+
+    def counting(frames: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(frames))
+        return encode(frames)
+
+    frames = joined(list(pipeline.extend(given, 4, videos=[0, 1])))
+    monkeypatch.setattr("ca2vdm_cli.pipeline.FRAMES_AT_ONCE", 4)
+    monkeypatch.setattr(autoencoder, "encode", counting)
+    again = joined(list(pipeline.extend(given, 4, videos=[0, 1])))
+    assert sizes == [4, 4, 1]  # of a window of 9, for both videos
+    assert apart(again, frames) <= 1

@@ -162,12 +162,18 @@ def test_plan_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert "not available" in capsys.readouterr().out
 
 
-def test_large_autoencoder_is_left_out(report: Callable[..., Any]) -> None:
-    """One of diffusers would have to be fetched first."""
+def test_large_autoencoder_and_text_encoder_are_left_out(report: Callable[..., Any]) -> None:
+    """Those of diffusers and transformers would have to be fetched first."""
     small = ["--set", "model.hidden_size=48", "--set", "model.num_heads=4", "--set", "model.depth=1"]
+    small += ["--set", "text.path=not-fetched", "--set", "model.text_channels=8", "--set", "model.text_tokens=4"]
     found = report("plan", "--preset", "ca2-vdm-base", "--frames", "8", "--steps", "2", *small)
     assert found["decode_seconds"] == found["decode_rise_bytes"] == 0
     assert found["weights_bytes"] < 2_000_000
+    assert [what.split(" (")[0] for what in found["left_out"]] == [
+        "the autoencoder of diffusers",
+        "the text encoder",
+        "a prompt's guidance",
+    ]
 
 
 def test_wrong_requests(capsys: pytest.CaptureFixture[str]) -> None:

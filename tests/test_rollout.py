@@ -6,7 +6,6 @@ Chunks of 2, window of 6 (see conftest.py). Shapes: latents (B, C, T, h, w).
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from ca2vdm_cli.autoencoder import load_autoencoder
 from ca2vdm_cli.config import DiffusionConfig, ModelConfig
 from ca2vdm_cli.data import MovingDigits
 from ca2vdm_cli.diffusion import NoiseProcess
+from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.generation import Strategy, generate, make_context
 from ca2vdm_cli.model import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
@@ -85,16 +85,22 @@ def test_a_weaker_rollout_keeps_more_of_the_true_chunk(make_config: Callable[...
     assert errors == sorted(errors) and errors[0] < 0.1
 
 
-def test_training_on_rollouts_is_reproducible_and_changes_the_weights(tmp_path: Path) -> None:
+def trainer_with(share: float, *overrides: str) -> Trainer:
+    """Of a run whose rollouts have that share."""
+    settings = ["training.parallel_chunks=true", "training.clip_frames=17", f"training.rollout_share={share}"]
+    settings += ["training.rollout_steps=2", "training.prefix_lengths=[0]"]
+    preset = load_preset("tiny", [*settings, *overrides]).config
+    assert preset.synthetic_data is not None and preset.video is not None
+    torch.manual_seed(0)
+    autoencoder = load_autoencoder(preset.autoencoder, preset.video, preset.model.in_channels)
+    source = MovingDigits(preset.synthetic_data, preset.video, seed=0)
+    accelerator = make_accelerator("cpu", preset.training.precision)
+    return Trainer(preset, source, autoencoder, backends()["sdpa"], accelerator, steps=5)
+
+
+def test_training_on_rollouts_is_reproducible_and_changes_the_weights() -> None:
     def weights(share: float) -> tuple[dict[str, Tensor], float]:
-        settings = ["training.parallel_chunks=true", "training.clip_frames=17", f"training.rollout_share={share}"]
-        preset = load_preset("tiny", [*settings, "training.rollout_steps=2", "training.prefix_lengths=[0]"]).config
-        assert preset.synthetic_data is not None and preset.video is not None
-        torch.manual_seed(0)
-        autoencoder = load_autoencoder(preset.autoencoder, preset.video, preset.model.in_channels)
-        source = MovingDigits(preset.synthetic_data, preset.video, seed=0)
-        accelerator = make_accelerator("cpu", preset.training.precision)
-        trainer = Trainer(preset, source, autoencoder, backends()["sdpa"], accelerator, steps=5)
+        trainer = trainer_with(share)
         losses = [trainer.train_step().loss for _ in range(5)]  # a new model's branches are zero at first
         return trainer.averaged_weights(), losses[-1]
 
@@ -102,3 +108,9 @@ def test_training_on_rollouts_is_reproducible_and_changes_the_weights(tmp_path: 
     assert loss == same != other
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], true[key]) for key in first)
+
+
+def test_a_sampler_that_rollouts_can_not_use_is_refused_before_the_first_step() -> None:
+    with pytest.raises(UsageError, match="sampler: 'none' is none of"):
+        trainer_with(0.1, "sampling.sampler=none")
+    assert trainer_with(0.0, "sampling.sampler=none").step == 0  # it has none

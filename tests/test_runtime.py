@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ca2vdm_cli.runtime import PeakMemory, processor, synchronize
+from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.runtime import PeakMemory, processor, resolve_device, synchronize
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -58,3 +59,15 @@ def test_the_gpu_that_is_waited_for_is_the_one_named(monkeypatch: pytest.MonkeyP
 
 def test_the_processor_has_a_name() -> None:
     assert processor(CPU).strip()
+
+
+@pytest.mark.parametrize(("rank", "device"), [("1", "cuda:1"), ("2", None), ("x", None), ("-1", None)])
+def test_every_process_has_a_gpu_of_its_own(rank: str, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    if device is not None:
+        assert resolve_device("auto") == torch.device(device)
+        return
+    with pytest.raises(UsageError, match="this machine has 2 GPUs; launch no more processes"):
+        resolve_device("auto")

@@ -311,7 +311,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(poison: float, r
         train(trainer, RunFolder(tmp_path), lambda report: None)
     message = str(error.value)
     assert message.startswith("step 2: the gradient is ") and "\n" not in message
-    assert "train with a smaller --set training.learning_rate (now 0.001)" in message
+    assert "train with smaller --set training.learning_rate (now 0.001)" in message
     assert error.value.exit_code == 1 and trainer.step == 1
     assert {
         key for key, value in state(trainer).items() if not torch.allclose(value, before[key], equal_nan=True)
@@ -336,12 +336,12 @@ def test_a_run_that_blew_up_leaves_the_last_good_checkpoint(run: Runs, tmp_path:
 def test_what_is_no_training_state_is_refused(run: Runs, tmp_path: Path) -> None:
     trainer, folder = run(), RunFolder(tmp_path)
     folder.save(1, {}, {WEIGHTS_FILE: trainer.average, STATE_FILE: trainer.average})
-    with pytest.raises(UserError, match=r"unknown tensor .*; not a training state of these settings"):
+    with pytest.raises(UserError, match=r"unknown tensor .*; not of these settings; resume with those"):
         trainer.resume(newest(tmp_path))
     for _ in range(2):
         trainer.train_step()
     trainer.save(folder)
-    with pytest.raises(UserError, match=r"unknown tensor adamw\..*; not a training state of these settings"):
+    with pytest.raises(UserError, match=r"unknown tensor adamw\..*; not of these settings"):
         run("training.optimizer=muon", "training.trainable=temporal").resume(newest(tmp_path))
 
 

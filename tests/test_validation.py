@@ -11,6 +11,7 @@ import torch
 
 from ca2vdm_cli.autoencoder import load_autoencoder
 from ca2vdm_cli.data import MovingDigits
+from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.model import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
@@ -56,6 +57,17 @@ def test_a_video_of_absolute_positions_ends_where_they_do(tmp_path: Path) -> Non
     validate = validator(tmp_path, "model.temporal_positions=absolute")
     with open_reader(validate(validate.model.state_dict(), 1).video) as reader:
         assert len(list(reader)) == 12  # of 13 positions, in chunks of 4
+
+
+def test_a_sampler_that_can_not_be_used_is_refused_before_the_first_validation(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="ancestral needs a variance-preserving process"):
+        validator(
+            tmp_path,
+            "sampling.sampler=ancestral",
+            "diffusion.beta_schedule=flow",
+            "diffusion.prediction=flow",
+            "model.learn_variance=false",
+        )
 
 
 def test_the_held_out_loss_depends_on_the_weights_alone(tmp_path: Path) -> None:

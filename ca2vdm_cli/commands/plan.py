@@ -97,6 +97,8 @@ def _print(report: dict[str, Any]) -> None:
         ["operations", f"{report['flops'] / 1e12:.3g} TFLOP, {report['flops_per_step'] / 1e9:.3g} GFLOP a step"],
         ["window", _window(report)],
     ]
+    if report["left_out"]:
+        rows.append(["left out", ", ".join(report["left_out"])])
     lines = Table.grid(padding=(0, 2))
     for name, text in rows:
         lines.add_row(f"  {name}", text)

@@ -87,13 +87,13 @@ class Request:
             checkpoint=checkpoint,
             distill=distill,
             data=path(self.data, "origin"),
-            aspect=self.aspect or facts.get("aspect"),
             validation_data=path(self.validation_data, "validation"),
             cache_latents=path(self.cache_latents, "latents"),
             seed=int(facts.get("seed", 0)) if self.seed is None else self.seed,
         )
 
-    def facts(self, config: Preset) -> dict[str, str]:
+    @property
+    def facts(self) -> dict[str, str]:
         """What is to be remembered."""
         paths = {
             "origin": self.data,
@@ -101,8 +101,7 @@ class Request:
             "latents": self.cache_latents,
             "teacher": self.distill,
         }
-        known = {name: str(path.resolve()) for name, path in paths.items() if path is not None}
-        return known | ({} if self.data is None else {"aspect": config.data.crop.value})
+        return {name: str(path.resolve()) for name, path in paths.items() if path is not None}
 
 
 def run(request: Request) -> None:
@@ -132,7 +131,7 @@ def run(request: Request) -> None:
     teacher = None if request.distill is None else _teacher(request.distill, config, backend, device)
     with accelerator.main_process_first():  # it may come from the hub
         text = _text_encoder(config, source, device, half, quiet)
-    steps, facts = config.training.steps, request.facts(config)
+    steps, facts = config.training.steps, request.facts
     trainer = Trainer(config, clips, autoencoder, backend, accelerator, steps, seed, facts, teacher, text)
     if last is not None:
         trainer.resume(last)
@@ -260,12 +259,11 @@ def _check_folder(out: Path, resume: bool, quiet: bool) -> Checkpoint | None:
     if resume:
         last, problems = folder.newest()
         if last is None and problems:
-            raise UserError(f"--out {out}: no whole checkpoint is left ({problems[0]})")
+            raise UserError(f"--out {out}: no whole checkpoint is left ({problems[0]}); begin again in another folder")
         if last is None:
             raise UsageError(f"--out {out}: no {CHECKPOINTS} there, so there is nothing to resume")
-        known = last.facts.get("aspect", Crop.STRETCH) in list(Crop)
-        if not known or not re.fullmatch(r"[0-9]{1,20}", last.facts.get("seed", "")):
-            raise UserError(f"{last.folder}: it has no seed, or an unknown aspect; not a training run's checkpoint")
+        if not re.fullmatch(r"[0-9]{1,20}", last.facts.get("seed", "")):
+            raise UserError(f"{last.folder}: no seed, so it is not a training run's checkpoint; choose another run")
         for problem in problems:
             note(f"{problem}; going on from step {last.step}", quiet=quiet)
         return last

@@ -10,7 +10,7 @@ from .digits import TILE, MovingDigits, digit_images
 from .latents import CacheReport, LatentClips, cache_latents
 from .loader import Batch, ClipLoader
 from .readers import Layout, open_clips, read_layout
-from .source import ClipSource, batch
+from .source import ClipSource
 from .videos import Look, Video
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "MovingDigits",
     "Video",
     "VideoClips",
-    "batch",
     "cache_latents",
     "digit_images",
     "open_clips",

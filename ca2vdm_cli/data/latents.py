@@ -54,8 +54,6 @@ class CacheReport:
     """Found in the cache."""
     stale: dict[str, str]
     """Why an entry was there and could not be used, by video."""
-    skipped: dict[str, str]
-    """Why a video has no entry."""
 
 
 def cache_latents(
@@ -121,8 +119,7 @@ def cache_latents(
                 raise
             skipped[video.name] = reason_of(error, video)
         progress(number + 1, len(source.videos))
-    clips = LatentClips(source, entries, skipped)
-    return clips, CacheReport(encoded, reused, stale, clips.skipped)
+    return LatentClips(source, entries, skipped), CacheReport(encoded, reused, stale)
 
 
 def weights_hash(autoencoder: Encoder) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ca2vdm_cli.config import VideoConfig
@@ -31,11 +30,6 @@ class ClipSource(Protocol):
 
     def caption(self, index: int) -> str | None:
         """What is said of the video that clip number ``index`` is from; None where nothing is."""
-
-
-def batch(source: ClipSource, index: int, size: int, frames: int) -> Tensor:
-    """The clips ``index`` to ``index + size - 1`` as one (B, T, C, H, W) tensor."""
-    return torch.stack([source.clip(i, frames) for i in range(index, index + size)])
 
 
 def random_square(draw: np.random.Generator, side: int, video: VideoConfig) -> tuple[slice, slice]:
