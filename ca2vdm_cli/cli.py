@@ -68,7 +68,9 @@ SeedOption = Annotated[
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk. Default: the preset's.")]
 SamplerOption = Annotated[
     str | None,
-    typer.Option(help="ancestral, ddim, dpm++, trailing, or a scheduler class of diffusers. Default: the preset's."),
+    typer.Option(
+        help="ancestral, ddim, dpm++, log-snr, trailing, or a scheduler class of diffusers. Default: the preset's."
+    ),
 ]
 BackendOption = Annotated[str, typer.Option(help="How to run the model (see `ca2vdm backends`); auto picks the best.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]

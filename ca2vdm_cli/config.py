@@ -71,6 +71,15 @@ class BetaSchedule(str, Enum):
     """Straight paths between latents and noise, as ``prediction: flow`` needs them (rectified flow)."""
 
 
+class DistillationSampler(str, Enum):
+    """Samplers that a few-step student may be made for; both are DDIM."""
+
+    TRAILING = "trailing"
+    """The parts of the noise range are of equal length in time (Lin et al. 2024, Heek et al. 2024)."""
+    LOG_SNR = "log-snr"
+    """They are equal in log SNR, down to ``sampling.last_timestep``; a last one goes from there to the latents."""
+
+
 class Schedule(str, Enum):
     """What the learning rate does after the warm-up."""
 
@@ -391,12 +400,12 @@ class SamplingConfig:
     """How the weights are best sampled."""
 
     sampler: str = "ancestral"
-    """Name of the sampler: ancestral, ddim, dpm++, trailing, or a diffusers scheduler's class name."""
+    """Name of the sampler: ancestral, ddim, dpm++, log-snr, trailing, or a diffusers scheduler's class name."""
     steps: Count = 100
     """Denoising steps N of a chunk."""
     last_timestep: Annotated[int, Field(ge=0)] = 0
-    """dpm++: the cleanest timestep that the network is asked at; one step goes from there to the latents. With few
-    steps a noisier one than 0 leaves more of them for the noise in which is decided what is to be seen."""
+    """dpm++ and log-snr: the cleanest timestep that the network is asked at; one step goes from there to the latents.
+    With few steps a noisier one than 0 leaves more of them for the noise in which is decided what is to be seen."""
     frames: Count = 32
     """Frames that ``sample`` and ``extend`` make unless told otherwise."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
@@ -533,6 +542,8 @@ class DistillationConfig:
 
     steps: Count = 4
     """Denoising steps N of the student: the noise range is cut into N parts, and it learns to cross each in one."""
+    sampler: DistillationSampler = DistillationSampler.TRAILING
+    """What the student is to be sampled with, which says where the parts begin."""
     teacher_steps: Count = 32
     """Steps that the teacher would take over the whole range; a multiple of ``steps``."""
 

@@ -12,15 +12,19 @@ Shapes: noisy chunks (N, C, l, h, w) with timesteps (N,), N = B·J.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
-from .config import DistillationConfig, TrainingConfig
+from .config import DistillationConfig, DistillationSampler, TrainingConfig
 from .diffusion import NoiseProcess
 from .model import CausalVideoTransformer
 from .objective import Ask, Draw, Objective
-from .sampler import trailing
+from .sampler import evenly_in_log_snr, trailing
+
+CLEAN = -1
+"""The timestep without noise, and the last entry of tables by timestep."""
 
 
 class Distillation(Objective):
@@ -32,6 +36,10 @@ class Distillation(Objective):
         training: as for ``Objective``; timesteps are drawn from the teacher's, all alike.
         teacher: frozen.
         distillation: steps of both.
+        last_timestep: where the last part begins, if the student's sampler lets one choose.
+
+    Raises:
+        UsageError: more steps than there are timesteps.
     """
 
     def __init__(
@@ -41,17 +49,16 @@ class Distillation(Objective):
         training: TrainingConfig,
         teacher: CausalVideoTransformer,
         distillation: DistillationConfig,
+        last_timestep: int = 0,
     ) -> None:
         super().__init__(model, process, training)
         self._teacher = (teacher,)  # in a tuple, so that it is no part of what is trained, averaged and saved
-        timesteps = process.config.train_timesteps
-        clean = torch.tensor([-1])  # the last entry of the tables below
-        grid = torch.tensor(trailing(timesteps, distillation.teacher_steps))
-        self._grid = grid
-        self._next = torch.cat([grid[1:], clean])
+        parts = noise_parts(process, distillation, last_timestep)
+        ends = [*(part[0] for part in parts[1:]), CLEAN]
+        self._grid = torch.tensor(list(chain.from_iterable(parts)))
+        self._next = torch.cat([self._grid[1:], torch.tensor([CLEAN])])
         """The teacher's next timestep, for each of its own."""
-        ends = torch.cat([torch.tensor(trailing(timesteps, distillation.steps))[1:], clean])
-        self._end = ends.repeat_interleave(distillation.teacher_steps // distillation.steps)
+        self._end = torch.tensor([end for part, end in zip(parts, ends, strict=True) for _ in part])
         """Where the student's jump ends, for each of the teacher's timesteps."""
         self._alpha = torch.cat([process.alpha, torch.ones(1, dtype=torch.float64)])
         self._sigma = torch.cat([process.sigma, torch.zeros(1, dtype=torch.float64)])
@@ -83,6 +90,21 @@ class Distillation(Objective):
         return alpha * latents + sigma * noise
 
     def _tables(self, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma (N, 1, 1, 1, 1); 1 and 0 at timestep -1."""
+        """alpha and sigma (N, 1, 1, 1, 1); 1 and 0 at ``CLEAN``."""
         alpha, sigma = (table[timestep].view(-1, 1, 1, 1, 1).to(like) for table in (self._alpha, self._sigma))
         return alpha, sigma
+
+
+def noise_parts(process: NoiseProcess, config: DistillationConfig, last_timestep: int = 0) -> list[list[int]]:
+    """The teacher's timesteps in each of the N parts of the noise range, noisiest first.
+
+    Each part begins where a step of the student's sampler does. ``log-snr`` cuts them evenly in log SNR again, but for
+    the last, from ``last_timestep`` to clean, which the teacher crosses in one step as well.
+    """
+    each = config.teacher_steps // config.steps
+    if config.sampler is DistillationSampler.TRAILING:
+        grid = trailing(process.config.train_timesteps, config.teacher_steps)
+        return [grid[i : i + each] for i in range(0, len(grid), each)]
+    begins = evenly_in_log_snr(process, config.steps, last_timestep)
+    parts = [evenly_in_log_snr(process, min(each, a - b) + 1, b, a)[:-1] for a, b in pairwise(begins)]
+    return [*parts, [begins[-1]]]

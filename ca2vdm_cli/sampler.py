@@ -132,16 +132,35 @@ class TrailingSampler(DdimSampler):
         self.timesteps = trailing(process.config.train_timesteps, steps)
 
 
-def evenly_in_log_snr(process: NoiseProcess, steps: int, last_timestep: int = 0) -> list[int]:
+class LogSnrSampler(DdimSampler):
+    """DDIM on the timesteps of ``dpm++``: what models distilled for few, unequal steps are sampled with."""
+
+    def __init__(self, process: NoiseProcess, steps: int, last_timestep: int = 0) -> None:
+        super().__init__(process, steps)
+        self.timesteps = evenly_in_log_snr(process, steps, last_timestep)
+
+
+def evenly_in_log_snr(
+    process: NoiseProcess, steps: int, last_timestep: int = 0, first_timestep: int | None = None
+) -> list[int]:
     """N timesteps spread evenly in half log SNR, noisiest first, down to ``last_timestep``.
 
     Few steps spread evenly in time would end in one long jump from mild noise to none, which loses fine variation. The
-    first timestep is the last of training, though noise beyond a half log SNR of -5 counts as -5.
+    first timestep is by default the last of training; noise beyond a half log SNR of -5 counts as -5.
+
+    Raises:
+        UsageError: there are not as many timesteps.
     """
     half_log_snr = process.half_log_snr
-    noisiest, cleanest = max(-5.0, half_log_snr[-1].item()), half_log_snr[last_timestep].item()
+    first = len(half_log_snr) - 1 if first_timestep is None else first_timestep
+    if last_timestep + steps > first + 1:
+        raise UsageError(
+            f"steps: {steps} must be at most {first + 1 - last_timestep}, the timesteps from sampling.last_timestep "
+            f"{last_timestep} on"
+        )
+    noisiest, cleanest = max(-5.0, half_log_snr[first].item()), half_log_snr[last_timestep].item()
     goals = torch.linspace(noisiest, cleanest, steps, dtype=torch.float64)
-    timesteps = [len(half_log_snr) - 1]
+    timesteps = [first]
     for done, goal in enumerate(goals[1:].tolist(), start=1):
         nearest = int((half_log_snr - goal).abs().argmin())
         timesteps.append(max(min(nearest, timesteps[-1] - 1), last_timestep + steps - 1 - done))
@@ -153,11 +172,6 @@ class DpmSolverSampler(Sampler):
 
     def __init__(self, process: NoiseProcess, steps: int, last_timestep: int = 0) -> None:
         super().__init__(process, steps)
-        if last_timestep + steps > process.config.train_timesteps:
-            most = process.config.train_timesteps - last_timestep
-            raise UsageError(
-                f"steps: {steps} must be at most {most}, the timesteps from sampling.last_timestep {last_timestep} on"
-            )
         self.timesteps = evenly_in_log_snr(process, steps, last_timestep)
         self._alpha = [*process.alpha[self.timesteps].tolist(), 1.0]
         self._sigma = [*process.sigma[self.timesteps].tolist(), 0.0]
@@ -259,6 +273,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "ancestral": AncestralSampler,
     "ddim": DdimSampler,
     "dpm++": DpmSolverSampler,
+    "log-snr": LogSnrSampler,
     "trailing": TrailingSampler,
 }
 """Built-in samplers by name."""
@@ -271,13 +286,13 @@ def make_sampler(name: str, process: NoiseProcess, steps: int, last_timestep: in
         name: what it is called.
         process: the model's noise process.
         steps: N.
-        last_timestep: the cleanest timestep of dpm++; others choose theirs themselves.
+        last_timestep: the cleanest timestep of dpm++ and log-snr; others choose theirs themselves.
 
     Raises:
         UsageError: no such sampler, or not for this process or number of steps.
     """
-    if name == "dpm++":
-        return DpmSolverSampler(process, steps, last_timestep)
     if name in SAMPLERS:
-        return SAMPLERS[name](process, steps)
+        kind = SAMPLERS[name]
+        chosen = {"last_timestep": last_timestep} if "last_timestep" in _parameters(kind) else {}
+        return kind(process, steps, **chosen)
     return DiffusersSampler(process, steps, name)

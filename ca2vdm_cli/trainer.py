@@ -134,11 +134,15 @@ class Trainer:
         choose_trainable(self.model, training)
         process = NoiseProcess(preset.diffusion)
         self.objective = Objective(self.model, process, training)
+        last_timestep = 0  # of rollouts
         if teacher is not None:
-            self.objective = Distillation(self.model, process, training, teacher, preset.distillation)
+            last_timestep = preset.sampling.last_timestep  # a student knows no others than its sampler's
+            distillation = preset.distillation
+            self.objective = Distillation(self.model, process, training, teacher, distillation, last_timestep)
         self._rollout_sampler: Sampler | None = None
         if training.rollout_share:
-            self._rollout_sampler = make_sampler(preset.sampling.sampler, process, training.rollout_steps)
+            name, steps = preset.sampling.sampler, training.rollout_steps
+            self._rollout_sampler = make_sampler(name, process, steps, last_timestep)
         if zero.in_use(accelerator):
             zero.configure(accelerator, training, self.share)
         optimizers = make_optimizers(self.model, training)

@@ -6,14 +6,23 @@ Chunks of 2, window of 6 (see conftest.py). Shapes: latents (B, C, T, h, w), noi
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from ca2vdm_cli.config import BetaSchedule, DiffusionConfig, DistillationConfig, Prediction, TrainingConfig
+from ca2vdm_cli.config import (
+    BetaSchedule,
+    DiffusionConfig,
+    DistillationConfig,
+    DistillationSampler,
+    Prediction,
+    TrainingConfig,
+)
 from ca2vdm_cli.diffusion import NoiseProcess
-from ca2vdm_cli.distillation import Distillation
+from ca2vdm_cli.distillation import Distillation, noise_parts
+from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.generation import SeededNoise, Strategy, generate, make_context
 from ca2vdm_cli.model import CausalVideoTransformer
 from ca2vdm_cli.objective import Draw
@@ -34,10 +43,11 @@ def draw(objective: Distillation, chunks: int = 1, seed: int = 0) -> Draw:
     return Draw.stack([objective.draw(1, chunks, generator) for generator in generators])
 
 
+@pytest.mark.parametrize("sampler", DistillationSampler)
 @pytest.mark.parametrize("config", [V, FLOW])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_with_as_many_steps_as_the_teacher_its_own_weights_are_the_answer(
-    chunks: int, config: DiffusionConfig, make_model: MakeModel
+    chunks: int, config: DiffusionConfig, sampler: DistillationSampler, make_model: MakeModel
 ) -> None:
     teacher, process = make_model(learn_variance=False), NoiseProcess(config)
     other = make_model(learn_variance=False)
@@ -45,7 +55,8 @@ def test_with_as_many_steps_as_the_teacher_its_own_weights_are_the_answer(
         other.final_layer.linear.bias.add_(0.5)
     losses = []
     for student in (teacher, other):
-        objective = Distillation(student, process, TrainingConfig(), teacher, DistillationConfig(8, 8))
+        settings = DistillationConfig(8, sampler, 8)
+        objective = Distillation(student, process, TrainingConfig(), teacher, settings, 300)
         losses.append(float(objective(clip(), 1, draw(objective, chunks))[0]))
     assert losses[0] < 1e-6 * losses[1]
 
@@ -59,16 +70,20 @@ def test_a_teacher_reads_captions_in_its_own_way(make_model: MakeModel) -> None:
         with torch.no_grad():
             assert student.y_embedder is not None
             student.y_embedder.y_proj.fc2.bias.add_(change)  # what its captions' keys and values are made of
-        objective = Distillation(student, process, TrainingConfig(), teacher, DistillationConfig(8, 8))
+        objective = Distillation(student, process, TrainingConfig(), teacher, DistillationConfig(8, teacher_steps=8))
         losses.append(float(objective(clip(), 1, draw(objective), text)[0]))
     assert losses[0] < 1e-6 * losses[1]
 
 
-def test_a_model_that_always_sees_the_same_latents_is_consistent(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("sampler", DistillationSampler)
+def test_a_model_that_always_sees_the_same_latents_is_consistent(
+    sampler: DistillationSampler, make_model: MakeModel
+) -> None:
     """From wherever it jumps, it lands on the line from there to these latents, where the next jump begins."""
     process, latents = NoiseProcess(V), clip(2)
     model = make_model(learn_variance=False)
-    objective = Distillation(model, process, TrainingConfig(), model, DistillationConfig(4, 32))
+    settings = DistillationConfig(4, sampler, 32)
+    objective = Distillation(model, process, TrainingConfig(), model, settings, 100)
 
     def ask(model: CausalVideoTransformer, x: Tensor, timestep: Tensor) -> Tensor:
         alpha, sigma = process.alpha_sigma(timestep)
@@ -84,18 +99,39 @@ def test_a_model_that_always_sees_the_same_latents_is_consistent(make_model: Mak
 
 def test_timesteps_are_the_teachers_and_the_samplers_are_where_the_parts_begin(make_model: MakeModel) -> None:
     process = NoiseProcess(V)
-    objective = Distillation(make_model(), process, TrainingConfig(), make_model(), DistillationConfig(4, 20))
+    objective = Distillation(
+        make_model(), process, TrainingConfig(), make_model(), DistillationConfig(4, teacher_steps=20)
+    )
     drawn = {int(t) for seed in range(100) for t in draw(objective, 3, seed).timestep.flatten()}
     assert drawn == set(range(49, 1000, 50))
     assert make_sampler("trailing", process, 4).timesteps == [999, 749, 499, 249]
     assert make_sampler("trailing", process, 1).timesteps == [999]
 
 
+@pytest.mark.parametrize(("steps", "last"), [(1, 0), (2, 0), (4, 0), (4, 400), (4, 990), (10, 990)])
+def test_parts_of_log_snr_begin_where_the_sampler_steps(steps: int, last: int) -> None:
+    """However few timesteps there are between them."""
+    process = NoiseProcess(V)
+    parts = noise_parts(process, DistillationConfig(steps, DistillationSampler.LOG_SNR, 10 * steps), last)
+    assert [part[0] for part in parts] == make_sampler("log-snr", process, steps, last).timesteps
+    grid = [t for part in parts for t in part]
+    assert grid == sorted(set(grid), reverse=True) and parts[-1] == [last if steps > 1 else 999]
+    if last < 990:
+        assert all(len(part) == 10 for part in parts[:-1])
+        gaps = [b - a for part in parts[1:-1] for a, b in pairwise(process.half_log_snr[part].tolist())]
+        assert max(gaps, default=1) < 3 * min(gaps, default=1)  # even, but for rounding
+
+
+def test_there_can_not_be_more_parts_than_timesteps() -> None:
+    with pytest.raises(UsageError, match=r"steps: 4 must be at most 2, the timesteps from sampling.last_timestep 998"):
+        noise_parts(NoiseProcess(V), DistillationConfig(4, DistillationSampler.LOG_SNR), 998)
+
+
 def test_a_student_comes_nearer_to_its_teachers_samples(make_model: MakeModel) -> None:
     """Two steps of the student against 16 of the teacher, from the same noise, before and after."""
     teacher, student = make_model(learn_variance=False), make_model(learn_variance=False).requires_grad_(True)
     process = NoiseProcess(V)
-    objective = Distillation(student, process, TrainingConfig(), teacher, DistillationConfig(2, 16))
+    objective = Distillation(student, process, TrainingConfig(), teacher, DistillationConfig(2, teacher_steps=16))
     true = clip()
 
     def sample(model: CausalVideoTransformer, steps: int) -> Tensor:

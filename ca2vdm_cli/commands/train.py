@@ -229,7 +229,7 @@ def _settled(loaded: LoadedPreset, request: Request) -> Preset:
     if request.distill is not None:
         if config.diffusion.prediction is Prediction.EPSILON:
             raise UsageError("--distill: epsilon says nothing of the latents where all is noise; it takes v or flow")
-        sampling = replace(sampling, sampler="trailing", steps=config.distillation.steps)
+        sampling = replace(sampling, sampler=config.distillation.sampler.value, steps=config.distillation.steps)
     # the run may be sampled from another folder
     text, autoencoder = config.text, config.autoencoder
     if text is not None and Path(text.path).is_dir():
