@@ -115,7 +115,8 @@ def load_weights(
     if not matched or (missing and not partial):
         first = missing[0] if missing else next(iter(own), "")
         raise UserError(
-            f"{source}: {len(missing)} of {len(own)} tensors are missing, the first {first}; not its weights"
+            f"{source}: {len(missing)} of {len(own)} tensors are missing, the first {first}; choose the "
+            "preset these weights were trained with"
         )
     if left_over and not extra:
         raise UserError(

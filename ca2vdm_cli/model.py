@@ -116,7 +116,7 @@ class CausalVideoTransformer(nn.Module):
             time = self.pos_embed_temporal[0, plan.positions].unsqueeze(-2).to(self.dtype)  # ([B,] T, 1, D)
         for i, block in enumerate(self._blocks):
             layer = cache.layers[i] if cache is not None else None
-            last = i == len(self.blocks) - 1
+            last = clean > 0 and i == len(self.blocks) - 1  # without clean frames it is as any other, compiled once
             run = block if plan.recurs or self.training else block.forward  # only a call is compiled
             arguments = (x, modulation, plan, layer, text[i] if text else None, time if i == 0 else None, last)
             if self.gradient_checkpointing and self.training:

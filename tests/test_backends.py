@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ca2vdm_backends import sdpa
+from ca2vdm_cli.config import TemporalPositions
+from ca2vdm_cli.generation import Strategy, make_context
+from ca2vdm_cli.model import CausalVideoTransformer
 
 MASKS = {
     "none": None,
@@ -62,3 +65,29 @@ def test_blocks_are_one_operation_to_a_compiler(mask: str, with_bfloat16: None) 
     assert torch.equal(compiled(q, k, v, MASKS[mask]), attend(q, k, v, MASKS[mask]))
     (graph,) = graphs
     assert [node.op for node in graph.graph.nodes].count("call_function") == 1
+
+
+def test_a_step_is_compiled_once_and_a_write_twice(
+    make_model: Callable[..., CausalVideoTransformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks share the code of a step; the last block of a write ends at its keys and values."""
+    graphs: list[torch.fx.GraphModule] = []
+    compile_fully = nn.Module.compile
+
+    def compile_nothing(graph: torch.fx.GraphModule, _: object) -> Callable[..., tuple[Tensor, ...]]:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(nn.Module, "compile", lambda block, **how: compile_fully(block, **how, backend=compile_nothing))
+    torch.compiler.reset()
+    model = make_model("compile", depth=4, temporal_positions=TemporalPositions.ROPE, mask_channel=False)
+    context = make_context(model, Strategy.CACHED, 1)
+    chunk = torch.randn(1, 4, 2, 4, 4)
+    counts = []
+    with torch.inference_mode():
+        for _ in range(3):
+            context.open_chunk()
+            context.predict(chunk, torch.tensor([500]))
+            counts.append(len(graphs))
+            context.append(chunk)
+    assert counts == [1, 3, 3] and len(graphs) == 3

@@ -292,7 +292,7 @@ def _teacher(weights: Path, config: Preset, backend: Backend, device: torch.devi
     """The model to distill, frozen: the student's preset with the teacher's weights."""
     path = find_weights(None, weights)[1]
     if path is None:
-        raise UsageError(f"--distill {weights}: no weights there")
+        raise UsageError(f"--distill {weights}: no weights there; name the teacher's weights, or its run")
     teacher = CausalVideoTransformer(config.model, backend).to(device).eval().requires_grad_(False)
     load_weights(teacher, load_tensors(path)[0], str(path))
     return teacher
