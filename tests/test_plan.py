@@ -35,7 +35,7 @@ def report(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
 
 @pytest.fixture(autouse=True)
 def _briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "MEASURE_SECONDS", 0.3)
+    monkeypatch.setattr(forecast, "MEASURE_SECONDS", 0.1)
 
 
 @pytest.mark.parametrize("settings", [[], ["--set", "model.text_channels=7", "--set", "model.text_tokens=5"]])
@@ -75,8 +75,9 @@ def test_simulation_sees_only_what_is_alive(report: Callable[..., Any]) -> None:
     assert long == pytest.approx(2 * shallow, rel=0.2)
 
 
-def test_time_of_a_video_is_about_right(report: Callable[..., Any]) -> None:
+def test_time_of_a_video_is_about_right(report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a factor of four: other work on the machine is no fault of the prediction."""
+    monkeypatch.setattr(forecast, "MEASURE_SECONDS", 0.3)
     request = [*MEDIUM, "--frames", "24", "--steps", "2"]
     planned = report("plan", *request, "--set", "model.depth=6")
     assert planned["measured_depth"] < 6

@@ -118,17 +118,16 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: 
     settings = [*TRAIN, *SETTINGS, *autoencoder, "--steps", "4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(*settings, "--out", str(whole)) == 0
+    again = ["train", "--backend", "eager", "--device", "cpu", "--quiet", "--resume"]
     begun, kills, steps = False, 0, []
     for kill in (13, 2, 5, 9, 11, 12, 0):  # in either file, in the manifest, around the renames, before publishing
-        again = ["train", "--backend", "eager", "--device", "cpu", "--quiet", "--resume"]
         code = run(*(again if begun else settings), "--out", str(parts), kill=kill)
         kills += code == KILLED
         last, problems = RunFolder(parts).newest()
         begun = last is not None
         steps.append(last.step if last is not None else 0)
         assert not problems, problems  # what is not whole has no name that anybody looks at
-    for kill in (1, 4):  # a finished run is saved already, and stays so
-        run("train", "--backend", "eager", "--device", "cpu", "--quiet", "--resume", "--out", str(parts), kill=kill)
+    run(*again, "--out", str(parts), kill=4)  # a finished run is saved already, and stays so
     assert kills == 6 and steps == sorted(steps) and steps[-1] == 4, steps
     for file in (WEIGHTS_FILE, STATE_FILE):
         ours, theirs = (load_tensors(run / "checkpoints" / "step-00000004" / file)[0] for run in (parts, whole))
