@@ -1,7 +1,7 @@
 """Make weights of a model twice as wide that computes the same, to train on from there (Net2Net, Chen et al. 2016).
 
-python docs/widen_weights.py --preset moving-digits -o wide.safetensors
-ca2vdm train --preset moving-digits --set model.hidden_size=256 --set model.num_heads=8 --checkpoint wide.safetensors
+python docs/widen_weights.py --preset runs/narrow -o wide.safetensors        # says the next line's settings
+ca2vdm train --preset runs/narrow --set model.hidden_size=256 --set model.num_heads=8 --checkpoint wide.safetensors
 
 Every channel of the narrow model is there twice, every head too, and what read a channel reads both copies, each times
 a share of the old weight. The shares add up to 1 and are drawn from the seed: with equal ones the copies would have

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from ca2vdm_cli.checkpoint import load_weights
+from ca2vdm_cli.checkpoint import load_tensors, load_weights
 from ca2vdm_cli.config import ModelConfig
 from ca2vdm_cli.frame_plan import FrameClock
 from ca2vdm_cli.pipeline import randomize
+from ca2vdm_cli.presets import load_preset
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "widen_weights.py"
 SMALL = ModelConfig(
@@ -45,3 +46,35 @@ def test_the_wide_model_computes_the_same(script: dict[str, Callable[..., Any]],
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-5)
     first, second = wide.blocks[0].mlp.fc1.weight.chunk(2, dim=1)
     assert (first / (first + second)).std() > 0.1  # or the copies would train alike
+
+
+def test_the_command_writes_weights_for_the_settings_that_it_names(
+    script: dict[str, Callable[..., Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "wide.safetensors"
+    assert script["main"](["--preset", "moving-digits", "-o", str(output)]) == 0
+    assert "model.hidden_size=512 and model.num_heads=16" in capsys.readouterr().err
+    wide = load_preset("moving-digits", ["model.hidden_size=512", "model.num_heads=16"]).config.model
+    load_weights(script["make_model"](wide), load_tensors(output)[0], str(output))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "bench-small"], "preset bench-small has no weights; give --checkpoint"),
+        (["--checkpoint", "none.safetensors"], "--checkpoint none.safetensors: no such file"),
+        (["--checkpoint", str(SCRIPT)], "not a readable safetensors file"),
+    ],
+)
+def test_what_can_not_be_widened_is_said(
+    script: dict[str, Callable[..., Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    output = tmp_path / "wide.safetensors"
+    assert script["main"]([*arguments, "-o", str(output)]) != 0
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not output.exists()
