@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,8 +13,6 @@ import torch
 from torch import nn
 
 from ca2vdm_backends.sdpa import SdpaBackend
-from ca2vdm_cli.attention import Backend
-from ca2vdm_cli.hookspecs import hookimpl
 
 
 class CompileBackend(SdpaBackend):
@@ -47,6 +44,4 @@ class CompileBackend(SdpaBackend):
         block.compile(fullgraph=True, dynamic=False)
 
 
-@hookimpl
-def ca2vdm_register_backends(register: Callable[[Backend], None]) -> None:
-    register(CompileBackend())
+backend = CompileBackend()

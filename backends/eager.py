@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from ca2vdm_cli.attention import Backend
-from ca2vdm_cli.hookspecs import hookimpl
+from ca2vdm_cli.model.attention import Backend
 
 
 class EagerBackend(Backend):
@@ -24,6 +21,4 @@ class EagerBackend(Backend):
         return scores.softmax(dim=-1) @ v
 
 
-@hookimpl
-def ca2vdm_register_backends(register: Callable[[Backend], None]) -> None:
-    register(EagerBackend())
+backend = EagerBackend()

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ca2vdm_backends.eager import EagerBackend
-from ca2vdm_cli.attention import Backend
-from ca2vdm_cli.hookspecs import hookimpl
 
 FLASH_ATTN_HEAD = 256
 """Largest size of a head that flash-attn has kernels for."""
@@ -110,6 +108,4 @@ class SdpaBackend(EagerBackend):
         return half if q.requires_grad else not half and q.shape[2] <= FEW_QUERIES
 
 
-@hookimpl
-def ca2vdm_register_backends(register: Callable[[Backend], None]) -> None:
-    register(SdpaBackend())
+backend = SdpaBackend()

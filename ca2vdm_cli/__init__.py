@@ -9,10 +9,17 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .errors import UserError
+    from .autoencoder import Autoencoder
+    from .data.readers import Layout, Reader
+    from .errors import UsageError, UserError
+    from .generate.context import Context, ContextOptions
+    from .generate.samplers import Sampler
+    from .hookspecs import hookimpl
+    from .model.attention import Backend
     from .pipeline import Pipeline, VideoChunk
-    from .plugins import backends, choose_backend
+    from .plugins import autoencoders, backends, choose_backend, contexts, metrics, readers, samplers
     from .presets import LoadedPreset, list_presets, load_preset
+    from .video_metrics import Metric
 
 STARTED = perf_counter()
 """When this process began to use the package: what "seconds since the start" counts from."""
@@ -20,25 +27,55 @@ STARTED = perf_counter()
 __version__ = "0.1.0"
 
 _HOME = {  # name: the module it lives in
+    "Autoencoder": "autoencoder",
+    "Backend": "model.attention",
+    "Context": "generate.context",
+    "ContextOptions": "generate.context",
+    "Layout": "data.readers",
     "LoadedPreset": "presets",
+    "Metric": "video_metrics",
     "Pipeline": "pipeline",
+    "Reader": "data.readers",
+    "Sampler": "generate.samplers",
+    "UsageError": "errors",
     "UserError": "errors",
     "VideoChunk": "pipeline",
+    "autoencoders": "plugins",
     "backends": "plugins",
     "choose_backend": "plugins",
+    "contexts": "plugins",
+    "hookimpl": "hookspecs",
     "list_presets": "presets",
     "load_preset": "presets",
+    "metrics": "plugins",
+    "readers": "plugins",
+    "samplers": "plugins",
 }
 __all__ = [
+    "Autoencoder",
+    "Backend",
+    "Context",
+    "ContextOptions",
+    "Layout",
     "LoadedPreset",
+    "Metric",
     "Pipeline",
+    "Reader",
+    "Sampler",
+    "UsageError",
     "UserError",
     "VideoChunk",
     "__version__",
+    "autoencoders",
     "backends",
     "choose_backend",
+    "contexts",
+    "hookimpl",
     "list_presets",
     "load_preset",
+    "metrics",
+    "readers",
+    "samplers",
 ]
 
 

@@ -5,11 +5,8 @@ Shapes: N frames, C channels, H and W pixels; c latent channels, h = H / downsam
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,33 +15,48 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpoint import save_tensors
-from .config import AutoencoderConfig, AutoencoderKind, TrainingConfig, VideoConfig
-from .data import ClipSource
+from .config import AutoencoderConfig, VideoConfig
 from .errors import UsageError, UserError, first_line
+from .plugins import Registry
+from .plugins import autoencoders as _autoencoders
 
 ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 """Residual blocks at each of the two resolutions."""
-CROP_LATENTS = 5
-"""Side of a training crop in latent pixels."""
-DECODER_SHARE = 0.2
-"""Share of the steps that train the decoder alone, on whole frames, with the latents as they will be."""
-WARMUP_STEPS = 50
-"""Steps over which the learning rate rises."""
 FRAMES_AT_ONCE = 64
-"""Frames that training and validation encode or decode together: a large autoencoder has large feature maps."""
+"""Frames that are encoded or decoded together: a large autoencoder has large feature maps."""
 
 
-class Autoencoder(Protocol):
-    """What turns frames into latents of about unit standard deviation, and back; both directions are deterministic."""
+class Autoencoder(nn.Module):
+    """Turns frames into latents of about unit standard deviation, and back; both directions are deterministic.
+
+    Subclass it, and register the class (hook ``ca2vdm_register_autoencoders``).
+
+    Args:
+        config: the preset's ``autoencoder`` section.
+        video: the preset's ``video`` section.
+        in_channels: c, channels of a latent (``model.in_channels``).
+    """
+
+    name: ClassVar[str]
+    """The value of ``autoencoder.kind`` in a preset."""
+    description: ClassVar[str]
+    """One line."""
+    trained_here: ClassVar[bool] = False
+    """Whether ``train`` makes its weights; only the package's small ones are."""
+
+    def __init__(self, config: AutoencoderConfig, video: VideoConfig, in_channels: int) -> None:
+        super().__init__()
 
     def encode(self, frames: Tensor) -> Tensor:
         """(N, C, H, W) in [-1, 1] -> (N, c, h, w)."""
+        raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, c, h, w) -> (N, C, H, W) in [-1, 1]."""
+        raise NotImplementedError
 
 
-class ConvAutoencoder(nn.Module):
+class ConvAutoencoder(Autoencoder):
     """A small autoencoder without full-resolution convolutions: pixels are folded into channels first.
 
     It works locally: every normalisation is over the channels of one place, and padding repeats the border. A thing
@@ -52,27 +64,18 @@ class ConvAutoencoder(nn.Module):
     easy to learn for a diffusion model, and training needs crops only. Latents have mean 0 and standard deviation 1
     per channel.
 
-    The encoder is learned (``conv``) or fixed (``lowpass``): latents that are smoothed frames change slowly as things
-    move, which is easier still for a diffusion model, and the decoder alone is to be trained.
     """
 
-    def __init__(self, config: AutoencoderConfig, channels: int, in_channels: int) -> None:
-        super().__init__()
+    name = "conv"
+    description = "the small convolutional autoencoder of this package"
+    trained_here = True
+
+    def __init__(self, config: AutoencoderConfig, video: VideoConfig, in_channels: int) -> None:
+        super().__init__(config, video, in_channels)
         self.downsample, self.latent_noise = config.downsample, config.latent_noise
         fold = config.downsample // 2
-        width, wide, pixels = config.base_channels, 2 * config.base_channels, channels * fold**2
-        self.encoder: nn.Module = LowPass(config.downsample)
-        if config.kind is AutoencoderKind.CONV:
-            self.encoder = nn.Sequential(  # (N, C, H, W)
-                nn.PixelUnshuffle(fold),
-                _conv(pixels, width),  # (N, width, 2h, 2w)
-                *(ResidualBlock(width) for _ in range(ENCODER_BLOCKS)),
-                nn.Conv2d(width, wide, kernel_size=2, stride=2),  # (N, wide, h, w)
-                *(ResidualBlock(wide) for _ in range(ENCODER_BLOCKS)),
-                ChannelNorm(wide),
-                nn.SiLU(),
-                _conv(wide, in_channels),  # (N, c, h, w)
-            )
+        width, wide, pixels = config.base_channels, 2 * config.base_channels, video.channels * fold**2
+        self.encoder = self._make_encoder(config, pixels, in_channels)
         self.normalize = nn.BatchNorm2d(in_channels, affine=False, momentum=None)
         self.decoder = nn.Sequential(
             _conv(in_channels, wide),
@@ -87,6 +90,20 @@ class ConvAutoencoder(nn.Module):
         )
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's annotations
 
+    @staticmethod
+    def _make_encoder(config: AutoencoderConfig, pixels: int, in_channels: int) -> nn.Module:
+        width, wide = config.base_channels, 2 * config.base_channels
+        return nn.Sequential(  # (N, C, H, W)
+            nn.PixelUnshuffle(config.downsample // 2),
+            _conv(pixels, width),  # (N, width, 2h, 2w)
+            *(ResidualBlock(width) for _ in range(ENCODER_BLOCKS)),
+            nn.Conv2d(width, wide, kernel_size=2, stride=2),  # (N, wide, h, w)
+            *(ResidualBlock(wide) for _ in range(ENCODER_BLOCKS)),
+            ChannelNorm(wide),
+            nn.SiLU(),
+            _conv(wide, in_channels),  # (N, c, h, w)
+        )
+
     def encode(self, frames: Tensor) -> Tensor:
         """(N, C, H, W) in [-1, 1] -> (N, c, h, w)."""
         return self.normalize(self.encoder(frames.contiguous(memory_format=torch.channels_last)))
@@ -98,6 +115,21 @@ class ConvAutoencoder(nn.Module):
     def reconstruct(self, latents: Tensor) -> Tensor:
         """``decode`` without the clamp, which has no gradient: for training."""
         return self.decoder(latents.contiguous(memory_format=torch.channels_last))
+
+
+class LowPassAutoencoder(ConvAutoencoder):
+    """The same with a fixed encoder: latents are the frames themselves, smoothed and made smaller.
+
+    Such latents change slowly as things move, which is easier still for a diffusion model, and only the decoder has to
+    be trained: a small network that draws the frames sharp again.
+    """
+
+    name = "lowpass"
+    description = "latents are smoothed frames, and a small network draws them sharp again"
+
+    @staticmethod
+    def _make_encoder(config: AutoencoderConfig, pixels: int, in_channels: int) -> nn.Module:
+        return LowPass(config.downsample)
 
 
 class LowPass(nn.Module):
@@ -147,11 +179,14 @@ def _conv(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, padding_mode="replicate")
 
 
-class DiffusersAutoencoder(nn.Module):
+class DiffusersAutoencoder(Autoencoder):
     """An ``AutoencoderKL`` of diffusers, such as Stable Diffusion's; latents are the mode of its distribution."""
 
-    def __init__(self, config: AutoencoderConfig, channels: int, in_channels: int) -> None:
-        super().__init__()
+    name = "diffusers"
+    description = "an AutoencoderKL of the diffusers library (extra latent)"
+
+    def __init__(self, config: AutoencoderConfig, video: VideoConfig, in_channels: int) -> None:
+        super().__init__(config, video, in_channels)
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
@@ -171,7 +206,7 @@ class DiffusersAutoencoder(nn.Module):
         ):
             if theirs != ours:
                 raise UserError(f"{what}: {ours} does not fit the autoencoder {config.path}; set it to {theirs}")
-        self.channels, self.scale_factor = channels, config.scale_factor
+        self.channels, self.scale_factor = video.channels, config.scale_factor
 
     def encode(self, frames: Tensor) -> Tensor:
         """(N, C, H, W) in [-1, 1] -> (N, c, h, w), times the scale factor."""
@@ -184,31 +219,34 @@ class DiffusersAutoencoder(nn.Module):
         return (rgb if self.channels == 3 else rgb.mean(1, keepdim=True)).clamp(-1, 1)
 
 
+autoencoders: Registry[type[Autoencoder]] = _autoencoders
+"""All autoencoders by name."""
+
+
 def load_autoencoder(
     config: AutoencoderConfig, video: VideoConfig, in_channels: int, weights_path: Path | None = None
-) -> ConvAutoencoder | DiffusersAutoencoder:
+) -> Autoencoder:
     """The autoencoder of a preset, ready to use (evaluation mode, frozen).
 
     Args:
+        config: the preset's ``autoencoder`` section.
+        video: the preset's ``video`` section.
         in_channels: channels of a latent, ``model.in_channels``.
-        weights_path: the safetensors file of a conv or lowpass autoencoder; without it its weights are random.
+        weights_path: a safetensors file with its weights; without it a conv or lowpass autoencoder's are random.
 
     Raises:
         UserError: the weights are missing or do not fit, or diffusers is not installed.
     """
-    if config.kind is AutoencoderKind.NONE:
+    if config.kind == "none":
         raise UsageError("autoencoder: this preset has none, it works on latents only")
-    autoencoder: ConvAutoencoder | DiffusersAutoencoder
-    if config.kind is AutoencoderKind.DIFFUSERS:
-        autoencoder = DiffusersAutoencoder(config, video.channels, in_channels)
-    else:
-        autoencoder = ConvAutoencoder(config, video.channels, in_channels)
-        if weights_path is not None:
-            _load_weights(autoencoder, weights_path)
+    autoencoders.check(config.kind, "autoencoder.kind")
+    autoencoder = autoencoders[config.kind](config, video, in_channels)
+    if weights_path is not None:
+        _load_weights(autoencoder, weights_path)
     return autoencoder.eval().requires_grad_(False)
 
 
-def _load_weights(autoencoder: ConvAutoencoder, path: Path) -> None:
+def _load_weights(autoencoder: Autoencoder, path: Path) -> None:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -226,79 +264,9 @@ def _load_weights(autoencoder: ConvAutoencoder, path: Path) -> None:
     autoencoder.load_state_dict(weights)
 
 
-def save_autoencoder(autoencoder: ConvAutoencoder, path: Path) -> None:
+def save_autoencoder(autoencoder: Autoencoder, path: Path) -> None:
     """Write the weights as safetensors, in half precision but for the latents' mean and variance."""
     state = {
         key: value if key.startswith("normalize.") else value.half() for key, value in autoencoder.state_dict().items()
     }
     save_tensors(path, state, {"format": "pt"})
-
-
-def train_autoencoder(
-    autoencoder: ConvAutoencoder,
-    source: ClipSource,
-    training: TrainingConfig,
-    seed: int = 0,
-    progress: Callable[[int, float], None] = lambda step, loss: None,
-) -> None:
-    """Train on crops of ``source``, fix the latents' mean and variance, then train the decoder alone on whole frames.
-
-    With a fixed encoder there is the second part only.
-
-    Args:
-        training: its ``autoencoder_*`` fields say how long, how fast and how many pictures a step.
-        seed: of the noise on latents; the order of the pictures is the source's own.
-        progress: called after every step with the number of steps done and the loss.
-    """
-    side = CROP_LATENTS * autoencoder.downsample
-    fixed = not list(autoencoder.encoder.parameters())
-    joint_steps = 0 if fixed else round((1 - DECODER_SHARE) * training.autoencoder_steps)
-    phases: tuple[tuple[int, int, nn.Module, Callable[[int], Tensor]], ...] = (
-        (0, joint_steps, autoencoder.train(), lambda index: source.crop(index, side)),
-        (joint_steps, training.autoencoder_steps, autoencoder.decoder, lambda index: source.clip(index, 1)[0]),
-    )
-    noise = torch.Generator().manual_seed(seed)
-    for start, end, part, picture in phases:
-        if part is autoencoder.decoder:
-            _measure_latents(autoencoder, source)
-            autoencoder.eval()
-        steps = max(1, end - start)
-        autoencoder.requires_grad_(False)
-        part.requires_grad_(True)
-        peak = training.autoencoder_learning_rate
-        optimizer = torch.optim.AdamW(part.parameters(), peak, betas=(0.9, 0.99), weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_warmup_and_cosine, steps=steps))
-        for step in range(start, end):
-            indices = range(step * training.autoencoder_batch_size, (step + 1) * training.autoencoder_batch_size)
-            loss = _loss(autoencoder, torch.stack([picture(index) for index in indices]), noise)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(part.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            progress(step + 1, loss.item())
-    autoencoder.requires_grad_(False)
-
-
-def _warmup_and_cosine(step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def _loss(autoencoder: ConvAutoencoder, frames: Tensor, noise: torch.Generator) -> Tensor:
-    """Squared plus a fifth of the absolute error of (N, C, H, W) frames, reconstructed from perturbed latents."""
-    frames = frames.to(next(autoencoder.parameters()).device)
-    latents = autoencoder.encode(frames)  # in training mode normalised with the batch's own mean and variance
-    latents = latents + autoencoder.latent_noise * torch.randn(latents.shape, generator=noise).to(latents)
-    error = autoencoder.reconstruct(latents) - frames
-    return error.square().mean() + 0.2 * error.abs().mean()
-
-
-@torch.no_grad()
-def _measure_latents(autoencoder: ConvAutoencoder, source: ClipSource, batches: int = 16, size: int = 64) -> None:
-    """Average the latents' mean and variance over whole frames (the batch norm has no momentum: it averages all)."""
-    device = next(autoencoder.parameters()).device
-    autoencoder.normalize.reset_running_stats()
-    for start in range(0, batches * size, size):
-        frames = torch.cat([source.clip(index, 1) for index in range(start, start + size)])
-        autoencoder.encode(frames.to(device))

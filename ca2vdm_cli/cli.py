@@ -29,13 +29,6 @@ app = typer.Typer(
 )
 
 
-class StrategyName(str, Enum):
-    """``generation.Strategy``, without importing torch."""
-
-    cached = "cached"
-    recompute = "recompute"
-
-
 class DtypeName(str, Enum):
     """``runtime.Dtype``, without importing torch."""
 
@@ -75,7 +68,10 @@ SamplerOption = Annotated[
 BackendOption = Annotated[str, typer.Option(help="How to run the model (see `ca2vdm backends`); auto picks the best.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[DtypeName, typer.Option(help="auto is bfloat16 where the processor computes in it natively.")]
-StrategyOption = Annotated[StrategyName, typer.Option(help="How finished frames reach the network.")]
+StrategyOption = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="How finished frames reach the network: cached, recompute, or another context."),
+]
 ContextOption = Annotated[int | None, typer.Option(min=1, help="Window in frames. Default: the preset's.")]
 PromptOption = Annotated[
     str | None, typer.Option(metavar="TEXT", help="What to show, for presets with a text encoder.")
@@ -137,7 +133,7 @@ def sample(
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = DtypeName.auto,
-    strategy: StrategyOption = StrategyName.cached,
+    strategy: StrategyOption = "cached",
     context_frames: ContextOption = None,
     prompt: PromptOption = None,
     guidance: GuidanceOption = None,
@@ -179,7 +175,7 @@ def extend(
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = DtypeName.auto,
-    strategy: StrategyOption = StrategyName.cached,
+    strategy: StrategyOption = "cached",
     context_frames: ContextOption = None,
     prompt: PromptOption = None,
     guidance: GuidanceOption = None,
@@ -474,11 +470,10 @@ def presets_show(
 
 def _request(values: dict[str, Any]) -> dict[str, Any]:
     """The flags that ``sample`` and ``extend`` share, under the names of ``Request``."""
-    shared = """preset checkpoint frames num_videos seed steps sampler backend device context_frames prompt guidance
-        output format fps quiet overwrite"""
+    shared = """preset checkpoint frames num_videos seed steps sampler backend device strategy context_frames prompt
+        guidance output format fps quiet overwrite"""
     request = {name: values[name] for name in shared.split()}
-    enums = {name: values[name].value for name in ("dtype", "strategy")}
-    return request | enums | {"overrides": values["set_"] or [], "as_json": values["json"]}
+    return request | {"dtype": values["dtype"].value, "overrides": values["set_"] or [], "as_json": values["json"]}
 
 
 def _bare_json(arguments: list[str]) -> list[str]:

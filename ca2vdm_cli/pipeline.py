@@ -21,18 +21,19 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .attention import Backend
-from .autoencoder import FRAMES_AT_ONCE, Autoencoder, load_autoencoder
+from .autoencoder import FRAMES_AT_ONCE, Autoencoder, autoencoders, load_autoencoder
 from .checkpoint import load_tensors, load_weights
 from .config import Preset
-from .diffusion import NoiseProcess
 from .errors import UsageError, UserError
-from .generation import Caption, Context, LatentChunk, SeededNoise, Strategy, generate, make_context, stored_caption
-from .model import CausalVideoTransformer
+from .generate.context import Context, contexts, make_context
+from .generate.diffusion import NoiseProcess
+from .generate.loop import Caption, LatentChunk, SeededNoise, generate, stored_caption
+from .generate.samplers import sampler_for
+from .model.attention import Backend
+from .model.transformer import CausalVideoTransformer
 from .plugins import choose_backend
 from .presets import DEFAULT_PRESET, PRESET_FILE, LoadedPreset, load_preset
 from .runtime import Dtype, resolve_device, resolve_dtype, synchronize
-from .sampler import make_sampler
 from .text_encoder import TextEncoder
 
 Frames = np.ndarray
@@ -50,7 +51,7 @@ class RunOptions(TypedDict, total=False):
     """Denoising steps; the preset's by default."""
     sampler: str | None
     """By name; the preset's by default."""
-    strategy: Strategy | str
+    strategy: str | str
     """``cached`` (the default) or ``recompute``."""
     context_frames: int | None
     """Window in frames; the preset's by default."""
@@ -222,24 +223,23 @@ class Pipeline:
         if frames < 1:
             raise UsageError("frames: there must be at least one to make")
         model, sampling = self.config.model, self.config.sampling
-        name, steps = options.get("sampler") or sampling.sampler, options.get("steps")
-        solver = make_sampler(name, self.process, sampling.steps if steps is None else steps, sampling.last_timestep)
+        solver = sampler_for(self.process, sampling, name=options.get("sampler"), steps=options.get("steps"))
         videos = list(options.get("videos", (0,)))
         if not videos:
             raise UsageError("videos: there must be at least one to make")
-        strategy = options.get("strategy", Strategy.CACHED)
-        if strategy not in list(Strategy):
-            raise UsageError(f"strategy: {strategy!r} is none of {', '.join(kind.value for kind in Strategy)}")
+        strategy = options.get("strategy", "cached")
+        contexts.check(strategy, "strategy")
         caption = self._caption(options, len(videos))
         context = make_context(
             self.model,
-            Strategy(strategy),
+            strategy,
             len(videos) * (2 if caption is not None and caption.guided else 1),
             context_frames=options.get("context_frames"),
+            timesteps=solver.timesteps,
         )
         chunks = math.ceil(frames / model.chunk_frames)
         start = 0 if given is None else len(given)
-        context.clock.check_length(start + chunks * model.chunk_frames)
+        context.window.check_length(start + chunks * model.chunk_frames)
         shape = (model.in_channels, model.chunk_frames, model.latent_height, model.latent_width)
         noise = SeededNoise(options.get("seed", 0), videos, shape, self.model.device)
 
@@ -359,7 +359,7 @@ def _load_autoencoder(preset: LoadedPreset, device: torch.device) -> Autoencoder
     config = preset.config
     if config.video is None:
         return None
-    if config.autoencoder.kind.trained_here and preset.autoencoder_weights_path is None:
+    if autoencoders[config.autoencoder.kind].trained_here and preset.autoencoder_weights_path is None:
         raise UsageError(
             f"preset {preset.name}: its autoencoder has no weights; use --preset with the folder of a training run, or "
             "name a file beside the preset as autoencoder_weights"

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .config import Preset
 from .errors import UsageError
+from .plugins import autoencoders, readers
 
 DEFAULT_PRESET = "moving-digits"
 """What a command uses unless told otherwise."""
@@ -86,7 +87,7 @@ def list_presets() -> list[LoadedPreset]:
 
 def preset_names() -> list[str]:
     """Names of the built-in presets."""
-    return sorted(path.stem for path in _builtin_folder().glob("*.yaml"))
+    return sorted(_builtin_presets())
 
 
 def preset_from_mapping(mapping: object, source: str = "preset") -> Preset:
@@ -106,9 +107,16 @@ def preset_from_mapping(mapping: object, source: str = "preset") -> Preset:
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source}: only text, finite numbers, true, false and null are values: {error}") from error
     try:
-        return _ADAPTER.validate_json(text, strict=True)
+        preset = _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
         raise UsageError(f"{source}: {_first_problem(error)}") from error
+    for registry, key, name in (
+        (autoencoders, "autoencoder.kind", preset.autoencoder.kind),
+        (readers, "data.format", preset.data.format),
+    ):
+        if name not in registry.reserved:
+            registry.check(name, f"{source}: {key}")
+    return preset
 
 
 def to_mapping(preset: Preset) -> dict[str, Any]:
@@ -138,20 +146,24 @@ def _lines(section: Any, values: Mapping[str, Any], indent: str = "") -> Iterato
 # Finding and reading
 
 
-def _builtin_folder() -> Path:
-    return Path(str(resources.files("ca2vdm_presets")))
+def _builtin_presets() -> dict[str, Path]:
+    """The YAML file of each built-in preset: ``NAME.yaml``, or ``NAME/preset.yaml`` if it has more than that."""
+    root = Path(str(resources.files("ca2vdm_presets")))
+    files = {path.stem: path for path in root.glob("*.yaml")}
+    return files | {path.parent.name: path for path in root.glob(f"*/{PRESET_FILE}")}
 
 
 def _find(name_or_path: str | Path) -> Path:
-    if name_or_path in (names := preset_names()):
-        return _builtin_folder() / f"{name_or_path}.yaml"
+    builtin = _builtin_presets()
+    if str(name_or_path) in builtin:
+        return builtin[str(name_or_path)]
     path = Path(name_or_path)
     if path.is_file():
         return path
     if (path / PRESET_FILE).is_file():
         return path / PRESET_FILE
     reason = f"is a folder without {PRESET_FILE}" if path.is_dir() else "is neither built in nor a file"
-    raise UsageError(f"preset {str(name_or_path)!r} {reason}; built in: {', '.join(names)}")
+    raise UsageError(f"preset {str(name_or_path)!r} {reason}; built in: {', '.join(sorted(builtin))}")
 
 
 def _read(path: Path) -> dict[str, Any]:

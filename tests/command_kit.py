@@ -21,9 +21,12 @@ Refused = Callable[..., str]
 Report = Callable[..., Any]
 """Of the fixture ``report``."""
 
+ROOT = Path(__file__).parents[1]
+"""The checkout."""
 COMMANDS = ["sample", "extend", "train", "bench", "plan", "verify", "import", "backends", "presets", "presets show"]
 RUN = ["--device", "cpu", "--backend", "eager"]
 GENERATE = [*RUN, "--dtype", "float32", "--steps", 3]
+STRATEGIES = ["cached", "recompute"]
 WINDOW, CHUNK = 9, 4  # of the tiny preset
 
 

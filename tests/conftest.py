@@ -16,7 +16,7 @@ import torch
 from command_kit import GENERATE, RUN, Make, Refused, Report, ca2vdm, load
 
 from ca2vdm_cli.config import ModelConfig
-from ca2vdm_cli.model import CausalVideoTransformer
+from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.video_io import Frame
 
@@ -48,7 +48,7 @@ def make_model(make_config: Callable[..., ModelConfig]) -> Callable[..., CausalV
     def make(backend: str = "eager", **changes: Any) -> CausalVideoTransformer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = CausalVideoTransformer(make_config(**changes), backends()[backend])
+            model = CausalVideoTransformer(make_config(**changes), backends[backend])
             randomize(model)
         return model.eval().requires_grad_(False)
 

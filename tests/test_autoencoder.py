@@ -9,14 +9,15 @@ from command_kit import batch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from ca2vdm_cli.autoencoder import ConvAutoencoder, load_autoencoder, save_autoencoder, train_autoencoder
-from ca2vdm_cli.config import AutoencoderConfig, AutoencoderKind, SyntheticDataConfig, TrainingConfig, VideoConfig
+from ca2vdm_cli.autoencoder import ConvAutoencoder, LowPassAutoencoder, load_autoencoder, save_autoencoder
+from ca2vdm_cli.config import AutoencoderConfig, SyntheticDataConfig, TrainingConfig, VideoConfig
 from ca2vdm_cli.data import MovingDigits
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.presets import load_preset
+from ca2vdm_cli.train.autoencoder import train_autoencoder
 
 VIDEO = VideoConfig(height=32, width=32, channels=1)
-SMALL = AutoencoderConfig(kind=AutoencoderKind.CONV, downsample=8, base_channels=8)
+SMALL = AutoencoderConfig(kind="conv", downsample=8, base_channels=8)
 
 
 def digits(count: int, video: VideoConfig = VIDEO, seed: int = 99) -> torch.Tensor:
@@ -26,12 +27,12 @@ def digits(count: int, video: VideoConfig = VIDEO, seed: int = 99) -> torch.Tens
 
 def random_autoencoder(config: AutoencoderConfig = SMALL) -> ConvAutoencoder:
     torch.manual_seed(0)
-    return ConvAutoencoder(config, VIDEO.channels, 4).eval().requires_grad_(False)
+    return ConvAutoencoder(config, VIDEO, 4).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize(("downsample", "channels", "in_channels"), [(8, 1, 4), (4, 3, 6), (2, 3, 4)])
 def test_shapes_range_and_determinism(downsample: int, channels: int, in_channels: int) -> None:
-    config = AutoencoderConfig(kind=AutoencoderKind.CONV, downsample=downsample, base_channels=8)
+    config = AutoencoderConfig(kind="conv", downsample=downsample, base_channels=8)
     video = VideoConfig(height=32, width=48, channels=channels)  # type: ignore[arg-type]
     autoencoder = load_autoencoder(config, video, in_channels)
     latents = autoencoder.encode(digits(3, video))
@@ -52,7 +53,7 @@ def test_latents_move_with_the_picture() -> None:
 
 
 def test_training_helps_is_reproducible_and_normalizes_the_latents() -> None:
-    config = AutoencoderConfig(kind=AutoencoderKind.CONV, downsample=4, base_channels=8)
+    config = AutoencoderConfig(kind="conv", downsample=4, base_channels=8)
     training = TrainingConfig(autoencoder_steps=40, autoencoder_batch_size=8, autoencoder_learning_rate=1e-2)
     source = MovingDigits(SyntheticDataConfig(), VIDEO, seed=0)
     frames = digits(64)
@@ -72,10 +73,10 @@ def test_training_helps_is_reproducible_and_normalizes_the_latents() -> None:
 
 
 def test_lowpass_latents_are_smoothed_frames_and_only_the_decoder_learns() -> None:
-    config = AutoencoderConfig(kind=AutoencoderKind.LOWPASS, downsample=4, base_channels=8)
+    config = AutoencoderConfig(kind="lowpass", downsample=4, base_channels=8)
     training = TrainingConfig(autoencoder_steps=150, autoencoder_batch_size=8, autoencoder_learning_rate=1e-2)
     torch.manual_seed(0)
-    autoencoder = ConvAutoencoder(config, 1, 1)
+    autoencoder = LowPassAutoencoder(config, VIDEO, 1)
     assert not list(autoencoder.encoder.parameters())
     flat = torch.rand(2, 1, 1, 1).expand(-1, 1, 32, 32)
     assert torch.allclose(autoencoder.encoder(flat), flat[..., ::4, ::4], atol=1e-6)
@@ -119,13 +120,13 @@ def test_weights_that_do_not_fit_are_refused_with_both_shapes(tmp_path: Path) ->
 
 def test_impossible_configurations_are_refused() -> None:
     with pytest.raises(ValueError, match="downsample: 3 must be even"):
-        AutoencoderConfig(kind=AutoencoderKind.CONV, downsample=3)
+        AutoencoderConfig(kind="conv", downsample=3)
     with pytest.raises(ValueError, match="downsample: 5 must be even for the lowpass autoencoder"):
-        AutoencoderConfig(kind=AutoencoderKind.LOWPASS, downsample=5)
+        AutoencoderConfig(kind="lowpass", downsample=5)
     with pytest.raises(UsageError, match=r"model.in_channels: 4 must be video.channels 1"):
         load_preset("tiny", ["autoencoder.kind=lowpass"])
     with pytest.raises(ValueError, match="path: the diffusers autoencoder needs"):
-        AutoencoderConfig(kind=AutoencoderKind.DIFFUSERS)
+        AutoencoderConfig(kind="diffusers")
 
 
 def test_shipped_weights_reconstruct_sharply_even_from_noisy_latents() -> None:
@@ -158,7 +159,7 @@ def test_diffusers_autoencoder(tmp_path: Path) -> None:
         sample_size=32,
     ).eval()
     theirs.save_pretrained(tmp_path)
-    config = AutoencoderConfig(kind=AutoencoderKind.DIFFUSERS, path=str(tmp_path), downsample=2, scale_factor=0.5)
+    config = AutoencoderConfig(kind="diffusers", path=str(tmp_path), downsample=2, scale_factor=0.5)
     rgb = VideoConfig(height=32, width=32, channels=3)
     frames = digits(2, rgb)
     with torch.no_grad():
@@ -171,13 +172,13 @@ def test_diffusers_autoencoder(tmp_path: Path) -> None:
     assert torch.allclose(gray.decode(gray.encode(frames[:, :1])), picture.mean(1, True).clamp(-1, 1), atol=1e-5)
     with pytest.raises(UserError, match=r"model\.in_channels: 6 does not fit .*; set it to 4"):
         load_autoencoder(config, rgb, 6)
-    absent = AutoencoderConfig(kind=AutoencoderKind.DIFFUSERS, path=str(tmp_path / "absent"), downsample=2)
+    absent = AutoencoderConfig(kind="diffusers", path=str(tmp_path / "absent"), downsample=2)
     with pytest.raises(UserError, match=r"autoencoder\.path: no AutoencoderKL can be loaded from"):
         load_autoencoder(absent, rgb, 4)
 
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    config = AutoencoderConfig(kind=AutoencoderKind.DIFFUSERS, path="somewhere")
+    config = AutoencoderConfig(kind="diffusers", path="somewhere")
     with pytest.raises(UserError, match=r"pip install 'ca2vdm\[latent\]'"):
         load_autoencoder(config, VIDEO, 4)

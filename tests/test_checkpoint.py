@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ca2vdm_cli.checkpoint import load_tensors, load_weights, read_published, save_tensors
 from ca2vdm_cli.errors import UserError
-from ca2vdm_cli.model import CausalVideoTransformer
+from ca2vdm_cli.model.transformer import CausalVideoTransformer
 
 MakeModel = Callable[..., CausalVideoTransformer]
 

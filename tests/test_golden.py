@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ca2vdm_cli.generation import CachedContext, SeededNoise, generate
-from ca2vdm_cli.kv_cache import KVCache
+from ca2vdm_cli.bench.reference import RecordedRun
+from ca2vdm_cli.generate.context import CachedContext
+from ca2vdm_cli.generate.loop import SeededNoise, generate
+from ca2vdm_cli.generate.samplers import DdimSampler
+from ca2vdm_cli.model.kv_cache import KVCache
 from ca2vdm_cli.plugins import backends
-from ca2vdm_cli.recorded import RecordedRun
-from ca2vdm_cli.sampler import DdimSampler
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,7 +34,7 @@ every_file = pytest.mark.parametrize("name", ["cyclic_prev2", "mask_channel", "t
 
 def compiles(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test that needs PyTorch's compiler, whose import warns of its own old parts."""
-    reason = backends()["compile"].unavailable(CPU, torch.float32)
+    reason = backends["compile"].unavailable(CPU, torch.float32)
     test = pytest.mark.skipif(reason is not None, reason=f"compile: {reason}")(test)
     return pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")(test)
 
@@ -43,7 +44,7 @@ def differences(name: str, backend: str, only: set[str], dtype: torch.dtype = to
     run = RecordedRun(GOLDEN / f"{name}.safetensors")
     for tensor in (WINDOWS | VIDEOS) - only:
         del run.tensors[f"expected.{tensor}"]  # what a file lacks is not checked
-    found = {each.name: each.difference for each in run.compare(run.model(backends()[backend], CPU, dtype))}
+    found = {each.name: each.difference for each in run.compare(run.model(backends[backend], CPU, dtype))}
     assert found.keys() == only
     if dtype is torch.bfloat16:
         return {key: value / float(run.tensors[f"expected.{key}"].abs().max()) for key, value in found.items()}
@@ -52,7 +53,7 @@ def differences(name: str, backend: str, only: set[str], dtype: torch.dtype = to
 
 def test_every_file_is_tested() -> None:
     assert {path.stem for path in GOLDEN.glob("*.safetensors")} == set(every_file.args[1])
-    assert list(backends())[:3] == ["eager", "sdpa", "compile"]
+    assert list(backends)[:3] == ["eager", "sdpa", "compile"]
 
 
 @every_file
@@ -109,7 +110,7 @@ def test_traced_bfloat16() -> None:
 def test_nothing_is_compiled_after_the_first_chunk() -> None:
     """Nor when the window slides and the ring wraps, nor for another video, nor when that begins from nothing."""
     run = RecordedRun(GOLDEN / "cyclic_prev2.safetensors")
-    model, config = run.model(backends()["compile"], CPU, torch.float32), run.config
+    model, config = run.model(backends["compile"], CPU, torch.float32), run.config
     shape = (config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
 
     class Watched(CachedContext):
@@ -122,7 +123,7 @@ def test_nothing_is_compiled_after_the_first_chunk() -> None:
         context, noise = Watched(model, KVCache(config, videos)), SeededNoise(0, list(range(videos)), shape, CPU)
         for _ in generate(context, run.process, DdimSampler(run.process, 2), noise, 8, given=given):
             pass
-        assert context.frames > 2 * context.clock.slots
+        assert context.frames > 2 * context.window.slots
 
     try:
         video(torch.randn(2, shape[0], 1, *shape[2:]))

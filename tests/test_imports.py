@@ -1,6 +1,7 @@
-"""Imports run one way. The table says what each module may import of this project; nothing else passes.
+"""Imports run one way, between packages and inside each of them.
 
-Imports inside functions count. Those for the type checker only (``if TYPE_CHECKING``) do not.
+The table says what each package or module at the top level may import of this project; nothing else passes. Imports
+inside functions count, and so do those for the type checker only.
 """
 
 from __future__ import annotations
@@ -10,99 +11,50 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_kit import ROOT
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = {"ca2vdm_cli": "ca2vdm_cli", "ca2vdm_backends": "backends", "ca2vdm_presets": "presets"}
 
-CONFIG = {"errors", "config"}
-PRESETS = CONFIG | {"presets"}
-METHOD = CONFIG | {"attention", "frame_plan", "kv_cache", "layers", "model", "diffusion", "sampler", "generation"}
-VIDEO = CONFIG | {"video_io", "data"}
-WEIGHTS = PRESETS | METHOD | {"runtime", "plugins", "autoencoder", "checkpoint", "text_encoder"}
-PIPELINE = WEIGHTS | VIDEO | {"pipeline"}
-TRAINING = {
-    "distillation",
-    "lora",
-    "zero",
-    "objective",
-    "optimizers",
-    "processes",
-    "rollout",
-    "run_folder",
-    "training_log",
-    "validation",
-}
-COMMANDS = PIPELINE | {
-    "__init__",
-    "interrupts",
-    "recorded",
-    "processes",
-    "run_folder",
-    "trainer",
-    "validation",
-    "opponents",
-    "compare",
-    "bench",
-    "bench_report",
-    "figures",
-    "forecast",
-    "verify",
-    "terminal",
-}
+BASE = {"errors", "config"}
+METHOD = BASE | {"model", "plugins"}
+GENERATE = METHOD | {"generate", "runtime"}
+VIDEO = BASE | {"interrupts", "video_io", "data", "checkpoint", "plugins"}
+PIPELINE = GENERATE | VIDEO | {"presets", "autoencoder", "text_encoder", "pipeline"}
 
-# A module of ca2vdm_cli (a subpackage counts as one) and which others it may import.
+# What each package (or module at the top level) may import, itself aside.
 ALLOWED: dict[str, set[str]] = {
-    "__init__": set(),  # the API is imported when it is used
     "errors": set(),
-    "interrupts": set(),
-    "config": {"errors"},
-    "presets": CONFIG,
+    "lazy": set(),
     "hookspecs": set(),
-    "plugins": {"errors", "hookspecs"},
-    "attention": CONFIG,
-    "frame_plan": CONFIG,
-    "kv_cache": CONFIG | {"frame_plan"},
-    "layers": CONFIG | {"attention", "frame_plan", "kv_cache"},
-    "model": CONFIG | {"attention", "frame_plan", "kv_cache", "layers"},
-    "diffusion": CONFIG,
-    "objective": CONFIG | {"frame_plan", "model", "diffusion"},
-    "sampler": CONFIG | {"diffusion"},
-    "distillation": CONFIG | {"diffusion", "model", "objective", "sampler"},
-    "lora": set(),
-    "zero": CONFIG | {"processes"},
-    "rollout": CONFIG | {"generation", "kv_cache", "model", "sampler"},
-    "generation": METHOD - {"generation"} | {"runtime"},
-    "optimizers": CONFIG | {"runtime"},
-    "video_io": CONFIG | {"interrupts"},
-    "data": VIDEO - {"data"} | {"checkpoint"},
-    "autoencoder": VIDEO | {"checkpoint"},
-    "text_encoder": CONFIG,
-    "checkpoint": CONFIG,
-    "recorded": METHOD | {"checkpoint"},
-    "pipeline": WEIGHTS | VIDEO,
-    "processes": CONFIG | {"runtime"},
-    "run_folder": CONFIG | {"checkpoint"},
-    "validation": PIPELINE | {"objective"},
-    "training_log": CONFIG | {"run_folder"},
-    "trainer": PIPELINE | TRAINING | {"interrupts"},
-    "opponents": METHOD,
-    "compare": PIPELINE | {"opponents"},
-    "verify": PIPELINE | {"compare"},
-    "costs": {"config"},
-    "growth": set(),
-    "bench": PIPELINE | {"__init__", "opponents", "compare", "costs", "growth", "verify"},
-    "bench_report": {"errors"},
-    "figures": {"errors"},
-    "forecast": PIPELINE | {"__init__", "costs"},
-    "runtime": CONFIG,
-    "terminal": CONFIG,
-    "commands": COMMANDS,
-    "cli": COMMANDS | {"commands"},
-    "__main__": {"__init__", "errors", "cli", "terminal"},
+    "interrupts": set(),
+    "builtins": {"hookspecs", "lazy"},
+    "config": set(),
+    "model": BASE,
+    "plugins": {"builtins", "errors", "hookspecs", "lazy", "model"},
+    "presets": BASE | {"plugins"},
+    "runtime": {"errors"},
+    "checkpoint": {"errors"},
+    "terminal": {"errors"},
+    "text_encoder": BASE,
+    "generate": METHOD | {"runtime"},
+    "video_io": {"errors", "interrupts"},
+    "video_metrics": {"plugins", "video_io"},
+    "data": VIDEO,
+    "autoencoder": BASE | {"checkpoint", "plugins"},
+    "pipeline": PIPELINE,
+    "processes": BASE | {"runtime"},
+    "train": PIPELINE | {"interrupts", "processes", "terminal"},
+    "bench": PIPELINE | {"__init__"},
+    "__init__": {
+        *("autoencoder", "data", "errors", "generate", "hookspecs", "model", "pipeline", "plugins", "presets"),
+        "video_metrics",
+    },  # imported when they are used
+    "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "terminal", "train"},
+    "cli": {"__init__", "commands", "errors"},
+    "__main__": {"cli", "errors", "terminal"},
 }
-MAY_IMPORT_BACKENDS = {"plugins"}
-# A backend sees the hook markers and the attention protocol, and may build on another backend.
-ALLOWED_TO_BACKENDS = {"hookspecs", "attention"}
+# Only metadata: the version, and when the process began.
+LEAF_OF_THE_ROOT = {"__version__", "STARTED"}
 
 
 def modules(package: str) -> list[Path]:
@@ -110,53 +62,52 @@ def modules(package: str) -> list[Path]:
 
 
 def imported(tree: ast.AST, package: list[str]) -> Iterator[str]:
-    """Dotted names that running a module of ``package`` may import; ``from a import b`` counts as ``a.b``."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for branch in node.orelse:
-                yield from imported(ast.Module([branch], []), package)
-        elif isinstance(node, ast.Import):
+    """Dotted names that a module of ``package`` imports; ``from a import b`` counts as ``a.b``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
-        else:
-            yield from imported(node, package)
 
 
-def used(path: Path, package: str) -> dict[str, set[str]]:
-    """For each package of the project, the modules of it that a file imports."""
-    found: dict[str, set[str]] = {name: set() for name in FOLDERS}
+def used(path: Path, package: str) -> Iterator[tuple[str, list[str]]]:
+    """What a file imports of the project: the top-level package, and the dotted rest."""
     inside = [package, *path.parent.relative_to(ROOT / FOLDERS[package]).parts]
     for name in imported(ast.parse(path.read_text(encoding="utf-8")), inside):
         top, *rest = name.split(".")
         if top in FOLDERS:
-            folder = ROOT / FOLDERS[top]
-            is_module = bool(rest) and ((folder / f"{rest[0]}.py").exists() or (folder / rest[0]).is_dir())
-            found[top].add(rest[0] if is_module else "__init__")
-    return found
+            yield top, rest
 
 
-@pytest.mark.parametrize("path", modules("ca2vdm_cli"), ids=lambda path: path.stem)
+def place(rest: list[str]) -> str:
+    """The package or module at the top level of ca2vdm_cli that an import reaches."""
+    folder = ROOT / "ca2vdm_cli"
+    known = bool(rest) and ((folder / f"{rest[0]}.py").exists() or (folder / rest[0]).is_dir())
+    return rest[0] if known else "__init__"
+
+
+@pytest.mark.parametrize("path", modules("ca2vdm_cli"), ids=lambda path: str(path.relative_to(ROOT / "ca2vdm_cli")))
 def test_imports_of_the_tool(path: Path) -> None:
-    module = path.relative_to(ROOT / "ca2vdm_cli").parts[0].removesuffix(".py")
-    assert module in ALLOWED, f"{path.name}: say in ALLOWED what it may import"
-    found = used(path, "ca2vdm_cli")
-    assert found["ca2vdm_cli"] - {module} <= ALLOWED[module]
-    assert not found["ca2vdm_backends"] or module in MAY_IMPORT_BACKENDS
-    assert not found["ca2vdm_presets"]  # data: read through importlib.resources
+    own = path.relative_to(ROOT / "ca2vdm_cli").parts[0].removesuffix(".py")
+    assert own in ALLOWED, f"{path.name}: say in ALLOWED what it may import"
+    for package, rest in used(path, "ca2vdm_cli"):
+        assert package == "ca2vdm_cli", "backends are loaded by name, and presets are data"
+        assert place(rest) in ALLOWED[own] | {own}, f"{'.'.join(rest)} is not among what {own} may import"
 
 
 @pytest.mark.parametrize("path", modules("ca2vdm_backends"), ids=lambda path: path.stem)
 def test_imports_of_backends(path: Path) -> None:
-    found = used(path, "ca2vdm_backends")
-    assert found["ca2vdm_cli"] <= ALLOWED_TO_BACKENDS
-    assert not found["ca2vdm_presets"]
+    """A backend sees the attention protocol, and may build on another backend."""
+    for package, rest in used(path, "ca2vdm_backends"):
+        assert package == "ca2vdm_backends" or rest[:2] == ["model", "attention"]
 
 
 def test_presets_are_data() -> None:
-    assert [path.name for path in modules("ca2vdm_presets")] == ["__init__.py"]
-    assert not any(used(ROOT / "presets" / "__init__.py", "ca2vdm_presets").values())
+    """The package has no code; scripts beside a preset are run by hand and not installed."""
+    assert (ROOT / "presets" / "__init__.py").exists()
+    assert list((ROOT / "presets").glob("*.py")) == [ROOT / "presets" / "__init__.py"]
+    assert not list((ROOT / "presets").glob("*/__init__.py"))
 
 
 def test_imports_are_read_right() -> None:
@@ -174,12 +125,35 @@ def function():
         pass
 """
     names = list(imported(ast.parse(code), ["top", "sub"]))
-    assert names == ["a.b", "top.sub.c", "top.sub.d.e", "top.f.g", "i.j"]
+    assert sorted(names) == ["a.b", "h", "i.j", "top.f.g", "top.sub.c", "top.sub.d.e"]
 
 
-def test_table_has_no_cycle() -> None:
-    placed: set[str] = set()
-    while len(placed) < len(ALLOWED):
-        ready = {module for module, needs in ALLOWED.items() if module not in placed and needs - {module} <= placed}
-        assert ready, f"these import each other: {', '.join(sorted(set(ALLOWED) - placed))}"
-        placed |= ready
+def cycle(graph: dict[str, set[str]]) -> set[str]:
+    """Nodes on a cycle, or that lead to one; empty if there is none."""
+    left = {node: set(needs) - {node} for node, needs in graph.items()}
+    while ready := {node for node, needs in left.items() if not needs & left.keys()}:
+        left = {node: needs for node, needs in left.items() if node not in ready}
+    return set(left)
+
+
+def test_packages_import_each_other_one_way() -> None:
+    assert not cycle({package: needs - {"__init__"} for package, needs in ALLOWED.items()})
+
+
+def test_modules_import_each_other_one_way() -> None:
+    """The same between all files, where a package stands for its ``__init__``."""
+    graph: dict[str, set[str]] = {}
+    for path in modules("ca2vdm_cli"):
+        name = ".".join(path.relative_to(ROOT / "ca2vdm_cli").with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = set()
+        for _, rest in used(path, "ca2vdm_cli"):
+            if rest and rest[0] in LEAF_OF_THE_ROOT:
+                continue
+            for end in range(len(rest), 0, -1):
+                target = ROOT / "ca2vdm_cli" / "/".join(rest[:end])
+                if target.with_suffix(".py").exists() or (target / "__init__.py").exists():
+                    graph[name].add(".".join(rest[:end]))
+                    break
+    graph.pop("__init__")
+    assert not cycle(graph)
+    assert cycle({"a": {"b"}, "b": {"a"}, "c": set()}) == {"a", "b"}

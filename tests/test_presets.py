@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ca2vdm_cli.config import AutoencoderKind, Preset, SpatialPrefix, TemporalPositions
+from ca2vdm_cli.config import Preset, SpatialPrefix, TemporalPositions
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.presets import (
     DEFAULT_PRESET,
@@ -49,9 +49,9 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_shipped_presets_are_valid() -> None:
-    assert preset_names() == ["bench-small", "ca2-vdm-base", "ca2-vdm-xl", DEFAULT_PRESET, "tiny"]
+    assert preset_names() == ["bench-small", "ca2-vdm-base", "ca2-vdm-xl", DEFAULT_PRESET, "one-clip", "tiny"]
     for loaded in list_presets():
-        assert loaded.path.name == f"{loaded.name}.yaml"
+        assert loaded.name in (loaded.path.stem, loaded.path.parent.name)
         assert loaded.config.description
 
 
@@ -64,7 +64,7 @@ def test_paper_preset_is_the_papers() -> None:
     assert model.temporal_positions is TemporalPositions.CYCLIC
     assert config.video is not None
     assert (config.video.height, config.video.width) == (256, 256)
-    assert config.autoencoder.kind is AutoencoderKind.DIFFUSERS
+    assert config.autoencoder.kind == "diffusers"
     base = load_preset("ca2-vdm-base").config
     assert replace(base, description=config.description, model=replace(base.model, depth=28)) == config
 
@@ -74,7 +74,7 @@ def test_benchmark_preset_works_on_latents_only() -> None:
     assert (config.model.depth, config.model.hidden_size, config.model.num_heads) == (12, 384, 6)
     assert config.model.tokens_per_frame == 256
     assert config.video is None
-    assert config.autoencoder.kind is AutoencoderKind.NONE
+    assert config.autoencoder.kind == "none"
 
 
 # Overrides
@@ -176,7 +176,8 @@ def test_words_and_numbers_are_what_they_look_like(file: Path) -> None:
 
 
 def test_unknown_preset_lists_the_known_ones(tmp_path: Path) -> None:
-    assert refusal("moving-digit").endswith("built in: bench-small, ca2-vdm-base, ca2-vdm-xl, moving-digits, tiny")
+    known = "bench-small, ca2-vdm-base, ca2-vdm-xl, moving-digits, one-clip, tiny"
+    assert refusal("moving-digit").endswith(f"built in: {known}")
     assert f"is a folder without {PRESET_FILE}" in refusal(tmp_path)
 
 

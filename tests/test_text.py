@@ -21,18 +21,20 @@ from torch import Tensor
 
 from ca2vdm_cli import text_encoder
 from ca2vdm_cli.__main__ import main
+from ca2vdm_cli.autoencoder import Autoencoder
 from ca2vdm_cli.config import ModelConfig, TextConfig
 from ca2vdm_cli.errors import UsageError, UserError
-from ca2vdm_cli.generation import Caption, SeededNoise, Strategy, generate, make_context
-from ca2vdm_cli.model import CausalVideoTransformer
+from ca2vdm_cli.generate.context import make_context
+from ca2vdm_cli.generate.loop import Caption, SeededNoise, generate
+from ca2vdm_cli.generate.samplers import make_sampler
+from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
-from ca2vdm_cli.run_folder import RunFolder
-from ca2vdm_cli.sampler import make_sampler
 from ca2vdm_cli.text_encoder import TextEncoder
-from ca2vdm_cli.trainer import Trainer
+from ca2vdm_cli.train.run_folder import RunFolder
+from ca2vdm_cli.train.trainer import Trainer
 from ca2vdm_cli.video_io import open_reader, open_writer
 
 CPU = torch.device("cpu")
@@ -163,8 +165,13 @@ class Shades:
         return self.captions[index % len(self.captions)]
 
 
-class Shrink:
+class Shrink(Autoencoder):
     """An autoencoder that has nothing to learn."""
+
+    name, description = "shrink", ""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
 
     def encode(self, frames: Tensor) -> Tensor:
         return torch.nn.functional.avg_pool2d(frames, 4).repeat(1, 4, 1, 1)
@@ -181,9 +188,7 @@ def make_trainer(t5: Path) -> Callable[..., Trainer]:
         accelerator = make_accelerator("cpu", preset.training.precision)
         assert preset.text is not None
         encoder = TextEncoder(preset.text, preset.model, CPU) if encoded else None
-        return Trainer(
-            preset, source or Shades(), Shrink(), backends()["sdpa"], accelerator, steps, text_encoder=encoder
-        )
+        return Trainer(preset, source or Shades(), Shrink(), backends["sdpa"], accelerator, steps, text_encoder=encoder)
 
     return make
 
@@ -204,7 +209,7 @@ def test_a_model_learns_what_captions_say(make_trainer: Callable[..., Trainer]) 
         text = model.unconditional_caption(2)
         assert text is not None
         noise = SeededNoise(1, [0, 1], (4, 4, 8, 8), CPU)
-        context = make_context(model, Strategy.CACHED, 2 if guidance == 1 else 4)
+        context = make_context(model, "cached", 2 if guidance == 1 else 4)
         made = generate(
             context,
             process,
@@ -356,9 +361,7 @@ def test_a_prompt_that_can_not_be_met(
 
 def test_a_prompt_for_a_model_without_text() -> None:
     preset = load_preset("tiny")
-    pipeline = Pipeline(
-        preset, CausalVideoTransformer(preset.config.model, backends()["eager"]), Shrink(), trained=True
-    )
+    pipeline = Pipeline(preset, CausalVideoTransformer(preset.config.model, backends["eager"]), Shrink(), trained=True)
     with pytest.raises(UsageError, match="preset tiny: its model has no text; leave out the prompt"):
         pipeline.sample(4, prompt="a square")
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bench import Settings, add_autoencoder, count_chunks, environment, run_bench
-from ..bench_report import (
+from ca2vdm_cli.bench.benchmark import Settings, add_autoencoder, count_chunks, environment, run_bench
+from ca2vdm_cli.bench.plots import as_svg, require_matplotlib, save_png
+from ca2vdm_cli.bench.report import (
     COSTS_NOTE,
     OTHER_VIDEOS,
     TIME,
@@ -22,14 +23,13 @@ from ..bench_report import (
     warnings,
     write_text,
 )
-from ..config import TemporalPositions
-from ..errors import UsageError
-from ..figures import as_svg, require_matplotlib, save_png
-from ..frame_plan import FrameClock
-from ..opponents import Contestant
-from ..pipeline import Pipeline, find_weights
-from ..plugins import choose_backend
-from ..terminal import ProgressBar, duration, note, output_console, print_json, size, table
+from ca2vdm_cli.config import TemporalPositions
+from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.generate.context import contexts
+from ca2vdm_cli.model.temporal_window import TemporalWindow
+from ca2vdm_cli.pipeline import Pipeline, find_weights
+from ca2vdm_cli.plugins import choose_backend
+from ca2vdm_cli.terminal import ProgressBar, duration, note, output_console, print_json, size, table
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def run(request: Request) -> None:
             for other in names:
                 choose_backend(other, pipeline.model.device, pipeline.model.dtype)
             for window in settings.context_frames:
-                FrameClock(pipeline.config.model, window)
+                TemporalWindow(pipeline.config.model, window)
         add_autoencoder(pipeline)
         chunks = count_chunks(pipeline, settings)
         report = report or environment(pipeline)
@@ -173,15 +173,14 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _other_videos(report: dict[str, Any]) -> bool:
-    return any(not Contestant(name).exact for name in report["results"])
+    return any(not contexts[name].exact for name in report["results"])
 
 
-def _opponents(compare: str) -> tuple[Contestant, ...]:
-    known = [one.value for one in Contestant]
-    for name in (names := _listed(compare, "--compare")):
-        if name not in known:
-            raise UsageError(f"--compare {name}: is none of {', '.join(known)}")
-    return tuple(one for one in map(Contestant, dict.fromkeys(names)) if one is not Contestant.CACHED)
+def _opponents(compare: str) -> tuple[str, ...]:
+    names = dict.fromkeys(_listed(compare, "--compare"))
+    for name in names:
+        contexts.check(name, "--compare")
+    return tuple(name for name in names if name != "cached")
 
 
 def _windows(text: str | None) -> tuple[int, ...]:

@@ -6,14 +6,14 @@ import sys
 
 from rich.markup import escape
 
-from .. import presets
-from ..terminal import output_console, print_json, table
+from ca2vdm_cli import presets
+from ca2vdm_cli.terminal import output_console, print_json, table
 
 
 def list_backends(device: str, dtype: str, *, as_json: bool) -> None:
     """Every backend, whether it runs here, and why not."""
-    from ..plugins import backends, choose_backend, why_unavailable
-    from ..runtime import Dtype, resolve_device, resolve_dtype
+    from ca2vdm_cli.plugins import backends, choose_backend, why_unavailable
+    from ca2vdm_cli.runtime import Dtype, resolve_device, resolve_dtype
 
     where = resolve_device(device)
     number = resolve_dtype(Dtype(dtype), where)
@@ -26,7 +26,7 @@ def list_backends(device: str, dtype: str, *, as_json: bool) -> None:
             "reason": reason,
             "auto": backend.name == auto,
         }
-        for backend in sorted(backends().values(), key=lambda backend: -backend.priority)
+        for backend in sorted(backends.values(), key=lambda backend: -backend.priority)
     ]
     kind = str(number).removeprefix("torch.")
     if as_json:

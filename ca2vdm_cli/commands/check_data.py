@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from ..config import Crop, DataConfig
-from ..data import Layout, Video, read_layout
-from ..errors import UsageError, UserError
-from ..pipeline import find_weights
-from ..terminal import ProgressBar, console, note, print_json, table
+from ca2vdm_cli.config import Crop, DataConfig
+from ca2vdm_cli.data import Layout, Video, read_layout
+from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.pipeline import find_weights
+from ca2vdm_cli.terminal import ProgressBar, console, note, print_json, table
 
 ROWS = 20
 """Rejects that the table names; ``--json`` has all."""
@@ -66,7 +66,7 @@ def run(
     seconds = sum(video.frames / (video.fps or config.video.fps) for video in different.values())
     report = {
         "data": str(data),
-        "format": layout.format.value,
+        "format": layout.format,
         "videos": len(layout.videos),
         "usable_videos": len(found),
         "frames": sum(video.frames for video in different.values()),

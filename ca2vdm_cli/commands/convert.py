@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import KeyReport, load_weights, read_published, save_tensors
-from ..errors import UsageError
-from ..model import CausalVideoTransformer
-from ..plugins import backends
-from ..presets import load_preset
-from ..terminal import console, note
+from ca2vdm_cli.checkpoint import KeyReport, load_weights, read_published, save_tensors
+from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.model.transformer import CausalVideoTransformer
+from ca2vdm_cli.plugins import backends
+from ca2vdm_cli.presets import load_preset
+from ca2vdm_cli.terminal import console, note
 
 SHOWN = 8
 """How many keys of a kind are named."""
@@ -27,7 +27,7 @@ def run(
         raise UsageError(f"{output}: exists already; choose another output, or replace it with --overwrite")
     loaded = load_preset(preset, overrides)
     tensors = read_published(checkpoint)
-    model = CausalVideoTransformer(loaded.config.model, backends()["eager"])
+    model = CausalVideoTransformer(loaded.config.model, backends["eager"])
     report = load_weights(model, tensors, str(checkpoint), partial=partial, extra=True)
     state = {**(model.state_dict() if partial else {}), **{key: tensors[key] for key in report.matched}}
     if dtype != "auto":

@@ -17,14 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from .. import STARTED
-from ..errors import UsageError
-from ..interrupts import held_interrupts
-from ..pipeline import Frames, Pipeline, RunOptions, VideoChunk
-from ..processes import launched, share_of
-from ..runtime import peak_memory
-from ..terminal import ProgressBar, note, print_json, print_run_report, status
-from ..video_io import Aspect, Frame, Geometry, Size, VideoReader, VideoWriter, open_reader, open_writer, to_channels
+from ca2vdm_cli import STARTED
+from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.interrupts import held_interrupts
+from ca2vdm_cli.pipeline import Frames, Pipeline, RunOptions, VideoChunk
+from ca2vdm_cli.processes import launched, share_of
+from ca2vdm_cli.runtime import peak_memory
+from ca2vdm_cli.terminal import ProgressBar, note, print_json, print_run_report, status
+from ca2vdm_cli.video_io import (
+    Aspect,
+    Frame,
+    Geometry,
+    Size,
+    VideoReader,
+    VideoWriter,
+    open_reader,
+    open_writer,
+    to_channels,
+)
 
 Through = Callable[[Frame], Frame]
 """One frame to another."""

@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
-from ..errors import UsageError
-from ..forecast import Request, forecast
-from ..pipeline import find_weights
-from ..plugins import choose_backend
-from ..runtime import Dtype, resolve_device, resolve_dtype
-from ..terminal import duration, output_console, print_json, size, status
+from ca2vdm_cli.bench.estimate import Request, estimate
+from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.pipeline import find_weights
+from ca2vdm_cli.plugins import choose_backend
+from ca2vdm_cli.runtime import Dtype, resolve_device, resolve_dtype
+from ca2vdm_cli.terminal import duration, output_console, print_json, size, status
 
 _UNITS = {"": 1, "B": 1, **{f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", start=1)}}
 _UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", start=1)}
@@ -52,7 +52,7 @@ def run(
         weights_file_bytes=0 if weights is None else weights.stat().st_size,
     )
     with status("measuring the machine"):
-        report = forecast(request)
+        report = estimate(request)
     if as_json:
         print_json(report)
     else:

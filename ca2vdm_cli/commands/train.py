@@ -11,22 +11,24 @@ from pathlib import Path
 
 import torch
 
-from ..attention import Backend
-from ..autoencoder import Autoencoder, ConvAutoencoder, load_autoencoder, save_autoencoder, train_autoencoder
-from ..checkpoint import load_tensors, load_weights
-from ..config import Crop, Prediction, Preset, Split, Trainable
-from ..data import Clips, ClipSource, cache_latents, open_clips
-from ..errors import UsageError, UserError
-from ..model import CausalVideoTransformer
-from ..pipeline import find_weights
-from ..plugins import choose_backend
-from ..presets import LoadedPreset
-from ..processes import computes_half, launched, make_accelerator
-from ..run_folder import AUTOENCODER_FILE, CHECKPOINTS, WEIGHTS_FILE, Checkpoint, RunFolder
-from ..terminal import ProgressBar, duration, note, print_json, size
-from ..text_encoder import TextEncoder
-from ..trainer import StepReport, Trainer, train, write_preset
-from ..validation import Validator
+from ca2vdm_cli.autoencoder import Autoencoder, ConvAutoencoder, autoencoders, load_autoencoder, save_autoencoder
+from ca2vdm_cli.checkpoint import load_tensors, load_weights
+from ca2vdm_cli.config import Crop, Prediction, Preset, Split, Trainable
+from ca2vdm_cli.data import Clips, ClipSource, cache_latents, open_clips
+from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.model.attention import Backend
+from ca2vdm_cli.model.transformer import CausalVideoTransformer
+from ca2vdm_cli.pipeline import find_weights
+from ca2vdm_cli.plugins import choose_backend
+from ca2vdm_cli.presets import LoadedPreset
+from ca2vdm_cli.processes import computes_half, launched, make_accelerator
+from ca2vdm_cli.terminal import ProgressBar, duration, note, print_json, size
+from ca2vdm_cli.text_encoder import TextEncoder
+from ca2vdm_cli.train.autoencoder import train_autoencoder
+from ca2vdm_cli.train.log import StepReport
+from ca2vdm_cli.train.run_folder import AUTOENCODER_FILE, CHECKPOINTS, WEIGHTS_FILE, Checkpoint, RunFolder
+from ca2vdm_cli.train.trainer import Trainer, train, write_preset
+from ca2vdm_cli.train.validation import Validator
 
 SMOOTHED_STEPS = 50
 """Steps that a shown loss is averaged over."""
@@ -244,7 +246,7 @@ def _settled(loaded: LoadedPreset, request: Request) -> Preset:
         sampling=sampling,
         data=replace(config.data, crop=Crop(request.aspect or config.data.crop)),
         weights=WEIGHTS_FILE,
-        autoencoder_weights=AUTOENCODER_FILE if config.autoencoder.kind.trained_here else None,
+        autoencoder_weights=AUTOENCODER_FILE if autoencoders[config.autoencoder.kind].trained_here else None,
     )
 
 

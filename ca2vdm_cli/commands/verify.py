@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
-from ..pipeline import Pipeline
-from ..plugins import choose_backend
-from ..recorded import RecordedRun
-from ..runtime import Dtype, resolve_device, resolve_dtype
-from ..terminal import note, output_console, print_json, status, table
-from ..verify import RUN_TOLERANCE, STEP_TOLERANCE, agree, verify_strategies
+from ca2vdm_cli.bench.reference import RecordedRun
+from ca2vdm_cli.bench.verify import RUN_TOLERANCE, STEP_TOLERANCE, agree, verify_strategies
+from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.pipeline import Pipeline
+from ca2vdm_cli.plugins import choose_backend
+from ca2vdm_cli.runtime import Dtype, resolve_device, resolve_dtype
+from ca2vdm_cli.terminal import note, output_console, print_json, status, table
 
 
 def run(

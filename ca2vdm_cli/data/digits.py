@@ -23,7 +23,7 @@ TILE = 28
 
 def digit_images(images_per_class: int) -> np.ndarray:
     """The first n = ``images_per_class`` of the MNIST images of each class that ship: (10 n, 28, 28) in [0, 1]."""
-    png = resources.files("ca2vdm_presets").joinpath("digits.png").read_bytes()
+    png = resources.files("ca2vdm_presets").joinpath("moving-digits", "digits.png").read_bytes()
     sheet = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE)
     assert sheet is not None
     tiles = sheet.reshape(10, TILE, -1, TILE).transpose(0, 2, 1, 3)  # class, image, H, W

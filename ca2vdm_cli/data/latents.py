@@ -93,7 +93,7 @@ def cache_latents(
         "video": [source.video.height, source.video.width, source.video.channels],
         "crop": source.data.crop.value,
         "flip": source.data.flip,
-        "autoencoder": asdict(config) | {"kind": config.kind.value},
+        "autoencoder": asdict(config),
         "weights": weights_hash(autoencoder),
     }
     encoded, reused = 0, 0

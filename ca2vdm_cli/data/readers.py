@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ca2vdm_cli.config import DataConfig, DataFormat, Preset, Split
+from ca2vdm_cli.config import DataConfig, Preset, Split
 from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.plugins import AUTO, Registry
+from ca2vdm_cli.plugins import readers as _readers
 from ca2vdm_cli.video_io import IMAGE_SUFFIXES, natural_order
 
 from .clips import VideoClips
@@ -28,6 +31,8 @@ VIDEO_SUFFIXES = frozenset(
 """What is taken for a video in a folder."""
 RECORD_SUFFIXES = frozenset((".tfrecord", ".tfrecords"))
 """What is taken for a TFRecord file."""
+SYNTHETIC = "moving-digits"
+"""The value of ``data.format`` for the preset's ``synthetic_data``, which no reader reads."""
 LINE = 2**20
 """Bytes of the longest line of a list."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -39,12 +44,43 @@ _UCF_LINE = re.compile(r"([A-Za-z0-9]+)/(v_[A-Za-z0-9]+_g\d+_c\d+\.avi)(?: \d+)?
 class Layout:
     """What a data set holds."""
 
-    format: DataFormat
+    format: str
     """How it lies on disk."""
     videos: tuple[Video, ...]
     """Its videos, in an order that depends on their names only."""
     rejects: dict[str, str]
     """What should have been a video and is none: reasons by name."""
+
+
+class Reader(ABC):
+    """Knows one layout that data sets come in. Register an instance (hook ``ca2vdm_register_readers``)."""
+
+    name: str
+    """The value of ``data.format`` in a preset."""
+    description: str
+    """One line."""
+
+    def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
+        """Whether ``data.format: auto`` should choose this reader.
+
+        Args:
+            path: a file or folder.
+            suffixes: of the file, or of all files in the folder, in lower case with the dot.
+        """
+        return False
+
+    @abstractmethod
+    def read(self, path: Path, data: DataConfig) -> Layout:
+        """The videos of a data set. Opens lists and indexes, and no video.
+
+        Raises:
+            UsageError: a path that is not of this layout, or has no such split.
+            UserError: a list or index cannot be read.
+        """
+
+
+readers: Registry[Reader] = _readers
+"""All readers by name."""
 
 
 def open_clips(
@@ -87,13 +123,15 @@ def read_layout(path: Path, data: DataConfig) -> Layout:
         UsageError: no such path, or one that is not what ``data.format`` says, or has no such split.
         UserError: a list or index cannot be read.
     """
-    if data.format is DataFormat.MOVING_DIGITS:
-        raise UsageError(f"{path}: data.format moving-digits is made on the fly; leave out --data")
+    if data.format == SYNTHETIC:
+        raise UsageError(f"{path}: data.format {SYNTHETIC} is made on the fly; leave out --data")
     if not os.path.exists(path):
         raise UsageError(f"{path}: no such file or folder; --data takes a video, a list, or a folder of videos")
-    chosen = _guess(path) if data.format is DataFormat.AUTO else data.format
+    if data.format != AUTO:
+        readers.check(data.format, "data.format")
+    reader = _guess(path) if data.format == AUTO else readers[data.format]
     try:
-        return _READERS[chosen](path, data)
+        return reader.read(path, data)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
@@ -101,21 +139,14 @@ def read_layout(path: Path, data: DataConfig) -> Layout:
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
-def _guess(path: Path) -> DataFormat:
-    by_suffix = {".jsonl": DataFormat.JSONL, ".npy": DataFormat.MOVING_MNIST}
-    by_suffix |= dict.fromkeys(RECORD_SUFFIXES, DataFormat.BAIR)
-    if path.is_file():
-        return by_suffix.get(path.suffix.lower(), DataFormat.VIDEOS)
-    if any(_ucf_lists(path)):
-        return DataFormat.UCF101
-    suffixes = {file.suffix.lower() for file in _files(path)}
-    if suffixes & VIDEO_SUFFIXES:
-        return DataFormat.VIDEOS
-    if suffixes & RECORD_SUFFIXES:
-        return DataFormat.BAIR
-    if suffixes & IMAGE_SUFFIXES:
-        return DataFormat.FRAMES
-    return DataFormat.MOVING_MNIST if ".npy" in suffixes else DataFormat.VIDEOS
+def _guess(path: Path) -> Reader:
+    """The reader that recognizes the files: those of plug-ins are asked first, and videos is the last resort."""
+    suffixes = frozenset(file.suffix.lower() for file in (_files(path) if path.is_dir() else [path]))
+    added = [name for name in readers if not readers.is_builtin(name)]
+    for name in (*added, *(name for name in readers if readers.is_builtin(name))):
+        if readers[name].recognizes(path, suffixes):
+            return readers[name]
+    return readers["videos"]
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -194,24 +225,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 
-def _read_videos(path: Path, data: DataConfig) -> Layout:
-    files = _find(path, VIDEO_SUFFIXES, data.split)
-    return Layout(DataFormat.VIDEOS, tuple(VideoFile(_name(file, path), None, file) for file in files), {})
-
-
-def _read_frames(path: Path, data: DataConfig) -> Layout:
-    if not path.is_dir():
-        raise UsageError(f"{path}: not a folder; data.format frames takes a folder of folders of images")
-    folders: dict[Path, list[str]] = {}
-    for file in _find(path, IMAGE_SUFFIXES, data.split):
-        folders.setdefault(file.parent, []).append(file.name)
-    videos = (
-        ImageFolder(_name(folder, path), None, folder, tuple(sorted(images, key=natural_order)))
-        for folder, images in sorted(folders.items())
-    )
-    return Layout(DataFormat.FRAMES, tuple(videos), {})
-
-
 def _ucf_lists(path: Path) -> Iterator[Path]:
     """Where the official lists may be, if they are there."""
     for folder in (path / _UCF_LISTS, path):
@@ -219,93 +232,163 @@ def _ucf_lists(path: Path) -> Iterator[Path]:
             yield folder
 
 
-def _read_ucf101(path: Path, data: DataConfig) -> Layout:
-    lists = next(_ucf_lists(path), None)
-    if lists is None:
-        raise UsageError(f"{path}: no {_UCF_LISTS}/trainlist01.txt there; unpack the official lists beside the videos")
-    root = next((place for place in (path / "UCF-101", path / "UCF101", path / "videos") if place.is_dir()), path)
-    kinds = [part for part in (Split.TRAIN, Split.TEST) if data.split in (part, Split.ALL)]
-    videos: dict[str, Video] = {}
-    rejects: dict[str, str] = {}
-    for kind in kinds:
-        list_ = lists / f"{kind.value}list{data.split_list:02}.txt"
-        if not list_.is_file():
-            raise UsageError(f"{list_}: no such list; unpack all of {_UCF_LISTS}")
-        for number, line in _lines(list_):
-            match = _UCF_LINE.fullmatch(line)
-            if match is None:
-                rejects[f"{list_.name} line {number}"] = "not a line such as Class/v_Class_g01_c01.avi 1"
+class VideosReader(Reader):
+    """Video files."""
+
+    name = "videos"
+    description = "video files in nested folders, or one video file"
+
+    def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
+        return bool(suffixes & VIDEO_SUFFIXES)
+
+    def read(self, path: Path, data: DataConfig) -> Layout:
+        files = _find(path, VIDEO_SUFFIXES, data.split)
+        return Layout(self.name, tuple(VideoFile(_name(file, path), None, file) for file in files), {})
+
+
+class FramesReader(Reader):
+    """Folders of images."""
+
+    name = "frames"
+    description = "folders of images, each a video (SkyTimelapse, BAIR as images)"
+
+    def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
+        return path.is_dir() and bool(suffixes & IMAGE_SUFFIXES)
+
+    def read(self, path: Path, data: DataConfig) -> Layout:
+        if not path.is_dir():
+            raise UsageError(f"{path}: not a folder; data.format frames takes a folder of folders of images")
+        folders: dict[Path, list[str]] = {}
+        for file in _find(path, IMAGE_SUFFIXES, data.split):
+            folders.setdefault(file.parent, []).append(file.name)
+        videos = (
+            ImageFolder(_name(folder, path), None, folder, tuple(sorted(images, key=natural_order)))
+            for folder, images in sorted(folders.items())
+        )
+        return Layout(self.name, tuple(videos), {})
+
+
+class Ucf101Reader(Reader):
+    """UCF-101."""
+
+    name = "ucf101"
+    description = "UCF-101: class folders and the official lists"
+
+    def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
+        return path.is_dir() and any(_ucf_lists(path))
+
+    def read(self, path: Path, data: DataConfig) -> Layout:
+        lists = next(_ucf_lists(path), None)
+        if lists is None:
+            raise UsageError(
+                f"{path}: no {_UCF_LISTS}/trainlist01.txt there; unpack the official lists beside the videos"
+            )
+        root = next((place for place in (path / "UCF-101", path / "UCF101", path / "videos") if place.is_dir()), path)
+        kinds = [part for part in (Split.TRAIN, Split.TEST) if data.split in (part, Split.ALL)]
+        videos: dict[str, Video] = {}
+        rejects: dict[str, str] = {}
+        for kind in kinds:
+            list_ = lists / f"{kind.value}list{data.split_list:02}.txt"
+            if not list_.is_file():
+                raise UsageError(f"{list_}: no such list; unpack all of {_UCF_LISTS}")
+            for number, line in _lines(list_):
+                match = _UCF_LINE.fullmatch(line)
+                if match is None:
+                    rejects[f"{list_.name} line {number}"] = "not a line such as Class/v_Class_g01_c01.avi 1"
+                    continue
+                name = f"{match[1]}/{match[2]}"
+                words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", match[1])
+                videos[name] = VideoFile(name, words, root / match[1] / match[2])
+        return Layout(self.name, tuple(videos[name] for name in sorted(videos)), rejects)
+
+
+class BairReader(Reader):
+    """BAIR robot pushing."""
+
+    name = "bair"
+    description = "BAIR robot pushing: TFRecords"
+
+    def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
+        return bool(suffixes & RECORD_SUFFIXES)
+
+    def read(self, path: Path, data: DataConfig) -> Layout:
+        videos: list[Video] = []
+        rejects: dict[str, str] = {}
+        for file in _find(path, RECORD_SUFFIXES, data.split):
+            name = _name(file, path)
+            records, problem = find_records(file)
+            if problem:
+                rejects[name] = problem
+            videos += (RecordVideo(f"{name}[{n}]", None, file, *record) for n, record in enumerate(records))
+        return Layout(self.name, tuple(videos), rejects)
+
+
+class MovingMnistReader(Reader):
+    """Moving MNIST."""
+
+    name = "moving-mnist"
+    description = "Moving MNIST: an .npy of shape (T, N, H, W)"
+
+    def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
+        return ".npy" in suffixes
+
+    def read(self, path: Path, data: DataConfig) -> Layout:
+        videos: list[Video] = []
+        rejects: dict[str, str] = {}
+        for file in _find(path, frozenset({".npy"}), data.split):
+            name = _name(file, path)
+            try:
+                count = open_array(file).shape[1]
+            except UserError as error:
+                rejects[name] = str(error).removeprefix(f"{file}: ")
                 continue
-            name = f"{match[1]}/{match[2]}"
-            words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", match[1])
-            videos[name] = VideoFile(name, words, root / match[1] / match[2])
-    return Layout(DataFormat.UCF101, tuple(videos[name] for name in sorted(videos)), rejects)
+            videos += (ArrayVideo(f"{name}[{n}]", None, file, n) for n in range(count))
+        return Layout(self.name, tuple(videos), rejects)
 
 
-def _read_bair(path: Path, data: DataConfig) -> Layout:
-    videos: list[Video] = []
-    rejects: dict[str, str] = {}
-    for file in _find(path, RECORD_SUFFIXES, data.split):
-        name = _name(file, path)
-        records, problem = find_records(file)
-        if problem:
-            rejects[name] = problem
-        videos += (RecordVideo(f"{name}[{n}]", None, file, *record) for n, record in enumerate(records))
-    return Layout(DataFormat.BAIR, tuple(videos), rejects)
+class JsonLinesReader(Reader):
+    """Lists in JSON Lines."""
 
+    name = "jsonl"
+    description = "a file whose lines have path and perhaps text (MSR-VTT and the like)"
 
-def _read_moving_mnist(path: Path, data: DataConfig) -> Layout:
-    videos: list[Video] = []
-    rejects: dict[str, str] = {}
-    for file in _find(path, frozenset({".npy"}), data.split):
-        name = _name(file, path)
-        try:
-            count = open_array(file).shape[1]
-        except UserError as error:
-            rejects[name] = str(error).removeprefix(f"{file}: ")
-            continue
-        videos += (ArrayVideo(f"{name}[{n}]", None, file, n) for n in range(count))
-    return Layout(DataFormat.MOVING_MNIST, tuple(videos), rejects)
+    def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
+        return path.is_file() and ".jsonl" in suffixes
 
-
-def _read_jsonl(path: Path, data: DataConfig) -> Layout:
-    if not path.is_file():
-        raise UsageError(f"{path}: not a file; data.format jsonl takes the file, whose folder has the videos")
-    _need_everything(path, data.split)
-    videos: list[Video] = []
-    rejects: dict[str, str] = {}
-    for number, line in _lines(path):
-        where = f"line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            rejects[where] = "not JSON"
-            continue
-        name, text = (entry.get("path"), entry.get("text")) if isinstance(entry, dict) else (None, None)
-        if any(isinstance(one, str) and _SURROGATE.search(one) for one in (name, text)):
-            rejects[where] = "has half a character (a surrogate), which no text can hold"
-            continue
-        if not isinstance(name, str) or not (text is None or isinstance(text, str)):
-            rejects[where] = "needs an object with path, a string, and perhaps text, another"
-        elif not _is_safe(name):
-            rejects[where] = "path must be relative and stay in the list's folder"
-        elif os.path.isdir(file := path.parent / name):
-            images = [image for image in file.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES and image.is_file()]
-            if images:
-                names = tuple(sorted((image.name for image in images), key=natural_order))
-                videos.append(ImageFolder(f"{where}: {name}", text, file, names))
+    def read(self, path: Path, data: DataConfig) -> Layout:
+        if not path.is_file():
+            raise UsageError(f"{path}: not a file; data.format jsonl takes the file, whose folder has the videos")
+        _need_everything(path, data.split)
+        videos: list[Video] = []
+        rejects: dict[str, str] = {}
+        for number, line in _lines(path):
+            where = f"line {number}"
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                rejects[where] = "not JSON"
+                continue
+            name, text = (entry.get("path"), entry.get("text")) if isinstance(entry, dict) else (None, None)
+            if any(isinstance(one, str) and _SURROGATE.search(one) for one in (name, text)):
+                rejects[where] = "has half a character (a surrogate), which no text can hold"
+                continue
+            if not isinstance(name, str) or not (text is None or isinstance(text, str)):
+                rejects[where] = "needs an object with path, a string, and perhaps text, another"
+            elif not _is_safe(name):
+                rejects[where] = "path must be relative and stay in the list's folder"
+            elif os.path.isdir(file := path.parent / name):
+                images = [
+                    image for image in file.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES and image.is_file()
+                ]
+                if images:
+                    names = tuple(sorted((image.name for image in images), key=natural_order))
+                    videos.append(ImageFolder(f"{where}: {name}", text, file, names))
+                else:
+                    rejects[where] = f"{name} is a folder without images"
             else:
-                rejects[where] = f"{name} is a folder without images"
-        else:
-            videos.append(VideoFile(f"{where}: {name}", text, file))
-    return Layout(DataFormat.JSONL, tuple(videos), rejects)
+                videos.append(VideoFile(f"{where}: {name}", text, file))
+        return Layout(self.name, tuple(videos), rejects)
 
 
-_READERS: dict[DataFormat, Callable[[Path, DataConfig], Layout]] = {
-    DataFormat.VIDEOS: _read_videos,
-    DataFormat.FRAMES: _read_frames,
-    DataFormat.UCF101: _read_ucf101,
-    DataFormat.BAIR: _read_bair,
-    DataFormat.MOVING_MNIST: _read_moving_mnist,
-    DataFormat.JSONL: _read_jsonl,
-}
+videos, frames, ucf101, bair = VideosReader(), FramesReader(), Ucf101Reader(), BairReader()
+moving_mnist, jsonl = MovingMnistReader(), JsonLinesReader()

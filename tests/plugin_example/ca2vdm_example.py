@@ -2,8 +2,7 @@
 
 from torch.nn.functional import scaled_dot_product_attention
 
-from ca2vdm_cli.attention import Backend
-from ca2vdm_cli.hookspecs import hookimpl
+from ca2vdm_cli import Backend, hookimpl
 
 
 class ExampleBackend(Backend):

@@ -1,0 +1,1 @@
+"""Measuring and checking: the benchmark and its baselines, cost formulas, estimates, exactness."""

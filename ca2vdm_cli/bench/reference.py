@@ -1,0 +1,192 @@
+"""Recorded runs: safetensors files that carry a model, its configuration, inputs, and what it answered.
+
+They come from the published code, or from anybody who wants to show that two implementations agree. Metadata key
+``config`` is JSON; tensors are named ``weights.*``, ``input.*`` and ``expected.*``. What is absent is not checked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ca2vdm_cli.checkpoint import load_tensors, load_weights
+from ca2vdm_cli.config import DiffusionConfig, ModelConfig
+from ca2vdm_cli.errors import UserError
+from ca2vdm_cli.generate.context import make_context
+from ca2vdm_cli.generate.diffusion import NoiseProcess
+from ca2vdm_cli.generate.loop import Caption, generate
+from ca2vdm_cli.generate.samplers import AncestralSampler
+from ca2vdm_cli.model.attention import Backend
+from ca2vdm_cli.model.transformer import CausalVideoTransformer
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One recorded tensor against ours."""
+
+    name: str
+    """Which tensor, without ``expected.``"""
+    difference: float
+    """Largest absolute difference."""
+    per_chunk: tuple[float, ...] = ()
+    """Whole videos: the largest difference of each chunk."""
+
+
+class RecordedNoise:
+    """The noise of a recorded run, in the order in which it was drawn."""
+
+    def __init__(self, initial: Tensor, step: Tensor) -> None:
+        self._initial, self._step = initial, step  # (A, B, C, L, h, w), (A, N, B, C, L, h, w)
+        self._chunk = 0
+
+    def chunk(self, index: int) -> None:
+        self._chunk = max(0, index)
+
+    def initial(self, process: NoiseProcess) -> Tensor:
+        return self._initial[self._chunk]
+
+    def step(self, index: int) -> Tensor:
+        return self._step[self._chunk, index]
+
+    def perturb(self, process: NoiseProcess, latents: Tensor) -> Tensor:
+        return latents
+
+
+class RecordedRun:
+    """A recorded run, read and checked.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: not such a file, or one whose configuration can't be understood.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors, metadata = load_tensors(path)
+        try:
+            raw: dict[str, Any] = dict(json.loads(metadata["config"]))
+        except (KeyError, ValueError, TypeError):
+            raise UserError(f"{path}: not a recorded run: its metadata has no JSON 'config'") from None
+        try:
+            self.config = _model_config(raw)
+            self.guidance_scale = float(raw.get("guidance_scale", 1.0))
+            self.process = NoiseProcess(DiffusionConfig(train_timesteps=int(raw.get("train_timesteps", 1000))))
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise UserError(f"{path}: config: {'.'.join(map(str, problem['loc']))} {problem['msg']}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: its config can't be understood ({type(error).__name__}: {error})") from None
+        if not str(raw.get("beta_schedule", "linear 1e-4..2e-2")).startswith("linear"):
+            raise UserError(f"{path}: beta_schedule {raw['beta_schedule']!r} is not one this program knows (linear)")
+
+    def model(self, backend: Backend, device: torch.device, dtype: torch.dtype) -> CausalVideoTransformer:
+        """The recorded weights in our model."""
+        model = CausalVideoTransformer(self.config, backend)
+        weights = {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
+        load_weights(model, weights, str(self.path))
+        return model.to(device, dtype).eval().requires_grad_(False)
+
+    def compare(self, model: CausalVideoTransformer) -> Iterator[Comparison]:
+        """Run everything that was recorded and compare, one tensor after the other."""
+        for strategy in ("recompute", "cached"):
+            suffix = "recompute" if strategy == "recompute" else "cached"
+            window = self._expected(f"window_{suffix}")
+            if window is not None:
+                yield _compare(f"window_{suffix}", self._window(model, strategy), window)
+            video = self._expected(f"video_{suffix}")
+            if video is not None:
+                given = self._input("first_frames").shape[2]
+                yield _compare(f"video_{suffix}", self._video(model, strategy), video, given, self.config.chunk_frames)
+
+    def _expected(self, name: str) -> Tensor | None:
+        return self.tensors.get(f"expected.{name}")
+
+    def _input(self, name: str) -> Tensor:
+        try:
+            return self.tensors[f"input.{name}"]
+        except KeyError:
+            raise UserError(f"{self.path}: has no tensor input.{name}, which its expected.* tensors need") from None
+
+    def _caption(self, guidance_scale: float) -> Caption | None:
+        if not self.config.text_channels:
+            return None
+        return Caption(self._input("text_embedding")[:, 0], self._input("text_mask"), guidance_scale)
+
+    @torch.inference_mode()
+    def _window(self, model: CausalVideoTransformer, strategy: str) -> Tensor:
+        """One denoising forward: the prefix is written frame 0 first, then a chunk at a time, or fed again."""
+        clean, noisy = self._input("window_clean").to(model.device), self._input("window_noisy").to(model.device)
+        context = make_context(model, strategy, clean.shape[0])
+        caption = self._caption(1.0)
+        if caption is not None:
+            context.set_text(model.text_keys_values(caption.embedding.to(model.device), caption.mask.to(model.device)))
+        context.append(clean[:, :, :1])
+        for part in clean[:, :, 1:].split(self.config.chunk_frames, dim=2):
+            context.append(part)
+        context.open_chunk()
+        return context.predict(noisy, self._input("window_timestep").to(model.device)).float()
+
+    @torch.inference_mode()
+    def _video(self, model: CausalVideoTransformer, strategy: str) -> Tensor:
+        given = self._input("first_frames").to(model.device)
+        initial, step = self._input("initial_noise").to(model.device), self._input("step_noise").to(model.device)
+        timesteps = [int(t) for t in self._input("timesteps").flatten()]
+        falling = all(a > b for a, b in pairwise(timesteps))
+        if not timesteps or not falling or timesteps[-1] < 0 or timesteps[0] >= self.process.config.train_timesteps:
+            raise UserError(f"{self.path}: input.timesteps must fall from one below the process's length to 0 or more")
+        sampler = AncestralSampler(self.process, len(timesteps), timesteps=timesteps)
+        caption = self._caption(self.guidance_scale)
+        halves = 2 if caption is not None and caption.guided else 1
+        context = make_context(model, strategy, given.shape[0] * halves)
+        chunks = generate(
+            context, self.process, sampler, RecordedNoise(initial, step), len(initial), given=given, caption=caption
+        )
+        return torch.cat([given, *(chunk.latents for chunk in chunks)], dim=2)
+
+
+def _model_config(raw: dict[str, Any]) -> ModelConfig:
+    """The recorded settings in our names."""
+    prefix = str(raw["prefix_enhanced_spatial_attention"])
+    frames = int(prefix.removeprefix("prev_frames_")) if prefix.startswith("prev_frames_") else 1
+    patch = raw["patch_size"]
+    if patch[0] != 1 or patch[1] != patch[2]:
+        raise ValueError(f"patch_size: {patch} must be [1, p, p]")
+    return ModelConfig(
+        depth=raw["depth"],
+        hidden_size=raw["hidden_size"],
+        num_heads=raw["num_heads"],
+        mlp_ratio=raw.get("mlp_ratio", 4.0),
+        patch_size=patch[1],
+        in_channels=raw["in_channels"],
+        latent_height=raw["latent_height"],
+        latent_width=raw["latent_width"],
+        context_frames=raw["max_context_frames"],
+        chunk_frames=raw["chunk_frames"],
+        position_table=raw.get("temporal_positions") or 0,
+        temporal_positions=raw["temporal_embedding"],
+        spatial_prefix="prev_frames_k" if prefix.startswith("prev_frames_") else prefix,  # type: ignore[arg-type]
+        spatial_prefix_frames=frames,
+        causality=raw.get("causal", "causal"),
+        mask_channel=bool(raw.get("mask_channels", 0)),
+        text_channels=raw.get("text_channels", 0),
+        text_tokens=raw.get("text_tokens", 0),
+        learn_variance=raw.get("predicts_variance", True),
+    )
+
+
+def _compare(name: str, ours: Tensor, recorded: Tensor, given: int = 0, chunk: int = 0) -> Comparison:
+    if ours.shape != recorded.shape:
+        raise UserError(f"expected.{name}: recorded shape {tuple(recorded.shape)} is not ours, {tuple(ours.shape)}")
+    apart = (ours.cpu() - recorded).abs()
+    chunks = apart[:, :, given:].split(chunk, dim=2) if chunk else ()
+    return Comparison(name, apart.max().item(), tuple(part.max().item() for part in chunks))

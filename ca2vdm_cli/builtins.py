@@ -1,0 +1,58 @@
+"""What comes with ca2vdm, registered through the same hooks as any plug-in's entries.
+
+Entries are ``Lazy``: their names are known, and their modules, which need torch, are imported when they are used.
+"""
+
+from __future__ import annotations
+
+from .hookspecs import Register, hookimpl
+from .lazy import Lazy
+
+
+@hookimpl
+def ca2vdm_register_backends(register: Register) -> None:
+    register(Lazy("eager", "ca2vdm_backends.eager:backend"))
+    register(Lazy("sdpa", "ca2vdm_backends.sdpa:backend"))
+    register(Lazy("compile", "ca2vdm_backends.compile:backend"))
+
+
+@hookimpl
+def ca2vdm_register_samplers(register: Register) -> None:
+    register(Lazy("ancestral", "ca2vdm_cli.generate.samplers:AncestralSampler"))
+    register(Lazy("ddim", "ca2vdm_cli.generate.samplers:DdimSampler"))
+    register(Lazy("dpm++", "ca2vdm_cli.generate.samplers:DpmSolverSampler"))
+    register(Lazy("log-snr", "ca2vdm_cli.generate.samplers:LogSnrSampler"))
+    register(Lazy("trailing", "ca2vdm_cli.generate.samplers:TrailingSampler"))
+
+
+@hookimpl
+def ca2vdm_register_contexts(register: Register) -> None:
+    register(Lazy("cached", "ca2vdm_cli.generate.context:CachedContext"))
+    register(Lazy("recompute", "ca2vdm_cli.generate.context:RecomputedContext"))
+    register(Lazy("recompute-extendable", "ca2vdm_cli.bench.baselines:ExtendableContext"))
+    register(Lazy("bidirectional", "ca2vdm_cli.bench.baselines:BidirectionalContext"))
+    register(Lazy("fixed-window", "ca2vdm_cli.bench.baselines:FixedWindowContext"))
+    register(Lazy("per-step-cache", "ca2vdm_cli.bench.baselines:PerStepCachedContext"))
+
+
+@hookimpl
+def ca2vdm_register_autoencoders(register: Register) -> None:
+    register(Lazy("conv", "ca2vdm_cli.autoencoder:ConvAutoencoder"))
+    register(Lazy("lowpass", "ca2vdm_cli.autoencoder:LowPassAutoencoder"))
+    register(Lazy("diffusers", "ca2vdm_cli.autoencoder:DiffusersAutoencoder"))
+
+
+@hookimpl
+def ca2vdm_register_readers(register: Register) -> None:
+    # in the order in which data.format: auto asks them
+    register(Lazy("ucf101", "ca2vdm_cli.data.readers:ucf101"))
+    register(Lazy("jsonl", "ca2vdm_cli.data.readers:jsonl"))
+    register(Lazy("videos", "ca2vdm_cli.data.readers:videos"))
+    register(Lazy("bair", "ca2vdm_cli.data.readers:bair"))
+    register(Lazy("frames", "ca2vdm_cli.data.readers:frames"))
+    register(Lazy("moving-mnist", "ca2vdm_cli.data.readers:moving_mnist"))
+
+
+@hookimpl
+def ca2vdm_register_metrics(register: Register) -> None:
+    register(Lazy("psnr", "ca2vdm_cli.video_metrics:psnr"))

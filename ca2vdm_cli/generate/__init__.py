@@ -1,0 +1,1 @@
+"""Generation: the noise process, samplers, contexts of finished frames, and the loop over chunks."""

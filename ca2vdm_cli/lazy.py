@@ -1,0 +1,26 @@
+"""Entries of a registry that are imported when they are used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """An entry whose name is known before its module is imported."""
+
+    name: str
+    """What users type."""
+    path: str
+    """Where the entry is: ``module:attribute``."""
+
+    def load(self) -> Any:
+        """Import the module, and return the entry.
+
+        Raises:
+            ImportError, AttributeError: there is no such module or attribute.
+        """
+        module, _, attribute = self.path.partition(":")
+        return getattr(import_module(module), attribute)

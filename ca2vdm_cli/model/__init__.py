@@ -1,0 +1,1 @@
+"""The neural network (the method): attention, the KV cache, and frames in time."""

@@ -1,0 +1,1 @@
+"""Training: the loss, the trainer and everything that a run keeps on disk."""

@@ -1,0 +1,155 @@
+"""The training objective: clean prefix at timestep 0, loss on the noisy chunks (Ca2-VDM, section 3.2).
+
+Shape letters: B batch, C channels, T frames (P clean, then J chunks of l), h, w latent size, M text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ca2vdm_cli.config import TemporalPositions, TrainingConfig
+from ca2vdm_cli.generate.diffusion import NoiseProcess, variational_bound
+from ca2vdm_cli.model.temporal_window import TemporalWindow
+from ca2vdm_cli.model.transformer import CausalVideoTransformer
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers that a batch is trained with. Each clip has its own, whatever batch it is in."""
+
+    timestep: Tensor
+    """(B, J) int64: of each noisy chunk."""
+    noise: Tensor
+    """(B, C, J·l, h, w): of the noisy chunks."""
+    prefix_level: Tensor
+    """(B, P) int64: timesteps of the prefix's perturbation; (B, 0) without one."""
+    prefix_noise: Tensor
+    """(B, C, P, h, w), or with no frames."""
+    offset: Tensor
+    """(B, 1) in [0, 1): where a full clip starts in the table of positions, as a share of the places it can."""
+
+    def to(self, device: torch.device) -> Draw:
+        """A copy on a device; timesteps stay on the CPU, where their table is."""
+        return replace(self, noise=self.noise.to(device), prefix_noise=self.prefix_noise.to(device))
+
+    @classmethod
+    def stack(cls, draws: Sequence[Draw]) -> Draw:
+        """The draws of several batches as those of one."""
+        return cls(*(torch.cat([getattr(draw, field.name) for draw in draws]) for field in fields(cls)))
+
+
+Predict = Callable[[CausalVideoTransformer, Tensor, Tensor], Tensor]
+"""A network's output at noisy chunks (B*J, C, l, h, w) with timesteps (B*J,), in the context of this batch."""
+
+
+class Objective(nn.Module):
+    """What training minimises, as one module: the network and the loss on top of it. Wrap it whole (DDP, FSDP).
+
+    Args:
+        model: the network.
+        process: its noise process.
+        training: timestep shift and the variance term's weight.
+    """
+
+    _no_split_modules = ("Block",)
+    """What FSDP gathers at once, as accelerate reads it."""
+
+    def __init__(self, model: CausalVideoTransformer, process: NoiseProcess, training: TrainingConfig) -> None:
+        super().__init__()
+        self.model, self.process, self.training_config = model, process, training
+
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """Call a function that asks the network outside of ``forward``; FSDP gathers weights for this and that only."""
+        return function()
+
+    def clean_frames(self, prefix: int, chunks: int) -> int:
+        """Frames that are fed clean: all but the last chunk's."""
+        return prefix + (chunks - 1) * self.model.config.chunk_frames
+
+    def draw(self, prefix: int, chunks: int, generator: torch.Generator | None = None) -> Draw:
+        """One clip's random numbers, from its own CPU generator (B = 1)."""
+        config = self.model.config
+        size = (config.latent_height, config.latent_width)
+        chunk = (config.in_channels, config.chunk_frames, *size)
+        timestep = self.process.draw_timesteps(chunks, self.training_config.timestep_shift, generator)
+        noise = torch.cat([self.process.draw_noise(chunk, generator) for _ in range(chunks)], dim=1)
+        level = self.process.draw_levels(self.clean_frames(prefix, chunks), config.chunk_frames, generator)
+        prefix_noise = torch.randn((config.in_channels, len(level), *size), generator=generator)
+        offset = torch.rand(1, generator=generator)
+        return Draw(timestep[None], noise[None], level[None], prefix_noise[None], offset[None])
+
+    def target(self, latents: Tensor, noise: Tensor, x: Tensor, timestep: Tensor, ask: Predict) -> Tensor:
+        """What the network should predict at x, all (B*J, C, l, h, w) with timesteps (B*J,)."""
+        return self.process.target(latents, noise, timestep)
+
+    def forward(
+        self,
+        clip: Tensor,
+        prefix: int,
+        draw: Draw,
+        text: tuple[Tensor, Tensor] | None = None,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss on a batch.
+
+        Args:
+            clip: latents (B, C, T, h, w), T at least P + J·l; what is beyond is left out.
+            prefix: P, clean frames before the first chunk; clean frames carry timestep 0.
+            draw: its timesteps say how many chunks are trained, J. Each is conditioned on the clean frames before it
+                and noised to a timestep of its own, and all share one pass over the clean frames.
+            text: embedding (B, M, text_channels) and mask (B, M) for models with text.
+            context: what is fed as clean frames (B, C, P + (J-1)·l, h, w) instead of the clip's own.
+
+        Returns:
+            The loss, mean over the chunks, and its terms by name, (B, J) each and detached.
+        """
+        config, process = self.model.config, self.process
+        batch, chunks = draw.timestep.shape
+        frames, clean = prefix + chunks * config.chunk_frames, self.clean_frames(prefix, chunks)
+        latents = _by_chunk(clip[:, :, prefix:frames], chunks)  # (B*J, C, l, h, w)
+        noise, timestep = _by_chunk(draw.noise, chunks), draw.timestep.flatten()
+        x = process.add_noise(latents, noise, timestep)
+        context = clip[:, :, :clean] if context is None else context
+        if draw.prefix_level.shape[1]:
+            context = process.add_noise(context, draw.prefix_noise, draw.prefix_level)
+
+        clock = TemporalWindow(config, sink_frames=None if chunks > 1 else 0)
+        if chunks == 1:
+            plan = self.model.context_plan(config.chunk_frames, prefix, clock)
+        else:
+            plan = self.model.parallel_plan(prefix, chunks, clock)
+        rotary = config.temporal_positions is TemporalPositions.ROPE
+        if frames >= clock.slots and not rotary and not clock.sink_frames:  # sinks keep their entries
+            # full clips start anywhere: in a table that wraps at every entry, in one that does not where they still fit
+            cyclic = config.temporal_positions is TemporalPositions.CYCLIC
+            starts = clock.table if cyclic else clock.table - frames + 1
+            offset = (draw.offset * starts).long().to(clip.device)
+            plan = replace(plan, positions=(plan.positions + offset) % clock.table)
+        keys_values = self.model.text_keys_values(*text) if text is not None else []
+
+        def ask(model: CausalVideoTransformer, x: Tensor, timestep: Tensor) -> Tensor:
+            own = keys_values if model is self.model or text is None else model.text_keys_values(*text)
+            noisy = x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)  # (B, C, J*l, h, w)
+            steps = timestep.view(batch, chunks).to(clip.device)
+            return _by_chunk(model(torch.cat([context, noisy], dim=2), steps, plan, text=own).float(), chunks)
+
+        out = ask(self.model, x, timestep)
+        prediction, variance = out[:, : config.in_channels], out[:, config.in_channels :]
+        target = self.target(latents, noise, x, timestep, ask)
+        mse = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)  # (B*J,)
+        terms, loss = {"mse": mse}, mse.mean()
+        if config.learn_variance:
+            terms["vlb"] = variational_bound(process, latents, x, timestep, prediction.detach(), variance)
+            weight = self.training_config.variance_weight * process.config.train_timesteps
+            loss = loss + weight * terms["vlb"].mean()
+        return loss, {name: term.detach().view(batch, chunks) for name, term in terms.items()}
+
+
+def _by_chunk(x: Tensor, chunks: int) -> Tensor:
+    """(B, C, J*l, h, w) -> (B*J, C, l, h, w): every chunk is noised and judged on its own."""
+    return x.unflatten(2, (chunks, -1)).transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,95 @@
+"""Validation: held-out loss that depends on the weights alone, and pictures that can be looked at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+from ca2vdm_cli.autoencoder import load_autoencoder
+from ca2vdm_cli.data import MovingDigits
+from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.model.transformer import CausalVideoTransformer
+from ca2vdm_cli.plugins import backends
+from ca2vdm_cli.presets import load_preset
+from ca2vdm_cli.processes import make_accelerator
+from ca2vdm_cli.train.log import VALIDATION_FILE
+from ca2vdm_cli.train.run_folder import RunFolder
+from ca2vdm_cli.train.trainer import Trainer, train
+from ca2vdm_cli.train.validation import LEVELS, Validator
+from ca2vdm_cli.video_io import open_reader
+
+PREFIXES = (0, 1, 5)
+
+
+def validator(folder: Path, *overrides: str) -> Validator:
+    preset = load_preset("tiny", ["training.validation_clips=3", *overrides]).config
+    assert preset.synthetic_data is not None and preset.video is not None
+    torch.manual_seed(0)
+    autoencoder = load_autoencoder(preset.autoencoder, preset.video, preset.model.in_channels)
+    source = MovingDigits(preset.synthetic_data, preset.video, seed=9)
+    return Validator(preset, source, autoencoder, backends["eager"], torch.device("cpu"), PREFIXES, folder)
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_validation_leaves_a_video_and_a_sheet(start: bool, tmp_path: Path) -> None:
+    prefixes = f"training.prefix_lengths={[0, 1] if start else [1]}"
+    validate = validator(tmp_path, f"diffusion.unconditional_start={str(start).lower()}", prefixes)
+    report = validate(validate.model.state_dict(), 40)
+    assert report.step == 40 and report.by_prefix.keys() == set(PREFIXES) and report.by_level.keys() == set(LEVELS)
+    mean = sum(report.by_level.values()) / len(LEVELS)
+    assert report.loss == pytest.approx(mean) == pytest.approx(sum(report.by_prefix.values()) / len(PREFIXES))
+    sheet = cv2.imread(str(report.sheet))
+    config = validate.preset.video
+    assert (
+        sheet is not None and config is not None and sheet.shape[:2] == (4 * config.height + 6, 12 * config.width + 22)
+    )
+    with open_reader(report.video) as reader:
+        frames = list(reader)
+    window, chunk = validate.preset.model.context_frames, validate.preset.model.chunk_frames
+    assert len(frames) == -(-2 * window // chunk) * chunk + (0 if start else 1)
+
+
+def test_a_video_of_absolute_positions_ends_where_they_do(tmp_path: Path) -> None:
+    validate = validator(tmp_path, "model.temporal_positions=absolute")
+    with open_reader(validate(validate.model.state_dict(), 1).video) as reader:
+        assert len(list(reader)) == 12  # of 13 positions, in chunks of 4
+
+
+def test_a_sampler_that_can_not_be_used_is_refused_before_the_first_validation(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="ancestral needs a variance-preserving process"):
+        validator(
+            tmp_path,
+            "sampling.sampler=ancestral",
+            "diffusion.beta_schedule=flow",
+            "diffusion.prediction=flow",
+            "model.learn_variance=false",
+        )
+
+
+def test_the_held_out_loss_depends_on_the_weights_alone(tmp_path: Path) -> None:
+    first, second = validator(tmp_path), validator(tmp_path)
+    weights = first.model.state_dict()
+    torch.manual_seed(7)
+    assert first(weights, 1).by_prefix == second(weights, 2).by_prefix
+    others = {key: value + 0.1 for key, value in weights.items()}
+    assert first(weights, 1).loss != first(others, 1).loss
+
+
+def test_training_validates_as_often_as_asked_and_logs_it(tmp_path: Path) -> None:
+    preset = load_preset("tiny", ["training.validate_every=2"]).config
+    validate = validator(tmp_path / "validation")
+    accelerator = make_accelerator("cpu", preset.training.precision)
+    trainer = Trainer(preset, validate.source, validate.autoencoder, backends["eager"], accelerator, steps=3)
+    train(trainer, RunFolder(tmp_path), lambda report: None, validate)
+    lines = [json.loads(line) for line in (tmp_path / VALIDATION_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3]
+    assert isinstance(validate.model, CausalVideoTransformer)
+    for line in lines:
+        assert (tmp_path / "validation" / line["sheet"]).is_file() and (
+            tmp_path / "validation" / line["video"]
+        ).is_file()
+    assert any((tmp_path / "tensorboard").iterdir())
