@@ -14,7 +14,7 @@ from ca2vdm_cli.config import AutoencoderConfig, SyntheticDataConfig, TrainingCo
 from ca2vdm_cli.data import MovingDigits
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.presets import load_preset
-from ca2vdm_cli.train.autoencoder import train_autoencoder
+from ca2vdm_cli.training.autoencoder import train_autoencoder
 
 VIDEO = VideoConfig(height=32, width=32, channels=1)
 SMALL = AutoencoderConfig(kind="conv", downsample=8, base_channels=8)

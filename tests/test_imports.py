@@ -43,13 +43,13 @@ ALLOWED: dict[str, set[str]] = {
     "autoencoder": BASE | {"checkpoint", "plugins"},
     "pipeline": PIPELINE,
     "processes": BASE | {"runtime"},
-    "train": PIPELINE | {"interrupts", "processes", "terminal"},
+    "training": PIPELINE | {"interrupts", "processes", "terminal"},
     "bench": PIPELINE | {"__init__"},
     "__init__": {
         *("autoencoder", "data", "errors", "generate", "hookspecs", "model", "pipeline", "plugins", "presets"),
         "video_metrics",
     },  # imported when they are used
-    "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "terminal", "train"},
+    "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "terminal", "training"},
     "cli": {"__init__", "commands", "errors"},
     "__main__": {"cli", "errors", "terminal"},
 }

@@ -20,9 +20,9 @@ import torch
 from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.config import Optimizer, TrainingConfig
 from ca2vdm_cli.errors import UsageError
-from ca2vdm_cli.train import sharding as zero
-from ca2vdm_cli.train.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
-from ca2vdm_cli.train.trainer import check_sharing
+from ca2vdm_cli.training import sharding as zero
+from ca2vdm_cli.training.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
+from ca2vdm_cli.training.trainer import check_sharing
 
 KILLED = -9
 # Kills the process, as ``kill -9`` does, at the n-th thing that saving does to the disk; files are left half written.

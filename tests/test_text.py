@@ -33,8 +33,8 @@ from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
 from ca2vdm_cli.text_encoder import TextEncoder
-from ca2vdm_cli.train.run_folder import RunFolder
-from ca2vdm_cli.train.trainer import Trainer
+from ca2vdm_cli.training.run_folder import RunFolder
+from ca2vdm_cli.training.trainer import Trainer
 from ca2vdm_cli.video_io import open_reader, open_writer
 
 CPU = torch.device("cpu")

@@ -24,11 +24,11 @@ from ca2vdm_cli.presets import LoadedPreset
 from ca2vdm_cli.processes import computes_half, launched, make_accelerator
 from ca2vdm_cli.terminal import ProgressBar, duration, note, print_json, size
 from ca2vdm_cli.text_encoder import TextEncoder
-from ca2vdm_cli.train.autoencoder import train_autoencoder
-from ca2vdm_cli.train.log import StepReport
-from ca2vdm_cli.train.run_folder import AUTOENCODER_FILE, CHECKPOINTS, WEIGHTS_FILE, Checkpoint, RunFolder
-from ca2vdm_cli.train.trainer import Trainer, train, write_preset
-from ca2vdm_cli.train.validation import Validator
+from ca2vdm_cli.training.autoencoder import train_autoencoder
+from ca2vdm_cli.training.log import StepReport
+from ca2vdm_cli.training.run_folder import AUTOENCODER_FILE, CHECKPOINTS, WEIGHTS_FILE, Checkpoint, RunFolder
+from ca2vdm_cli.training.trainer import Trainer, train, write_preset
+from ca2vdm_cli.training.validation import Validator
 
 SMOOTHED_STEPS = 50
 """Steps that a shown loss is averaged over."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.terminal import note, print_error
-from ca2vdm_cli.train.run_folder import METRICS_FILE
+from ca2vdm_cli.training.run_folder import METRICS_FILE
 
 SMOOTHED = 50
 """Steps that the running mean is over."""

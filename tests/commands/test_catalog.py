@@ -29,7 +29,7 @@ from ca2vdm_cli import __version__
 from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.plugins import backends
-from ca2vdm_cli.train.run_folder import WEIGHTS_FILE
+from ca2vdm_cli.training.run_folder import WEIGHTS_FILE
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 

@@ -23,7 +23,7 @@ from command_kit import (
 from ca2vdm_cli.checkpoint import load_tensors, save_tensors
 from ca2vdm_cli.model.frame_plan import FramePlan
 from ca2vdm_cli.model.kv_cache import KVCache
-from ca2vdm_cli.train.run_folder import WEIGHTS_FILE
+from ca2vdm_cli.training.run_folder import WEIGHTS_FILE
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 GOLDEN = ROOT / "tests" / "golden" / "cyclic_prev2.safetensors"

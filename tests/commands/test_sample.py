@@ -27,8 +27,8 @@ from ca2vdm_cli.checkpoint import load_tensors, save_tensors
 from ca2vdm_cli.commands import generate
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.model.kv_cache import KVCache
-from ca2vdm_cli.train.run_folder import WEIGHTS_FILE
-from ca2vdm_cli.train.trainer import Trainer
+from ca2vdm_cli.training.run_folder import WEIGHTS_FILE
+from ca2vdm_cli.training.trainer import Trainer
 from ca2vdm_cli.video_io import Aspect, Frame, Geometry, VideoWriter, open_reader, write_image
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")

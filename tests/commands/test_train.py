@@ -29,8 +29,8 @@ from command_kit import (
 from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.config import Crop
 from ca2vdm_cli.presets import load_preset
-from ca2vdm_cli.train.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
-from ca2vdm_cli.train.trainer import Trainer
+from ca2vdm_cli.training.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
+from ca2vdm_cli.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 

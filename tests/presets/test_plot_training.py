@@ -9,7 +9,7 @@ import cv2
 import pytest
 from command_kit import ROOT
 
-from ca2vdm_cli.train.run_folder import METRICS_FILE
+from ca2vdm_cli.training.run_folder import METRICS_FILE
 
 SCRIPT = ROOT / "presets" / "moving-digits" / "plot_training.py"
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from ca2vdm_cli.config import Optimizer, TrainingConfig
-from ca2vdm_cli.train import optimizers
-from ca2vdm_cli.train.optimizers import Muon, make_optimizers, orthogonal
+from ca2vdm_cli.training import optimizers
+from ca2vdm_cli.training.optimizers import Muon, make_optimizers, orthogonal
 
 SHAPES = ((24, 8), (8, 24), (16, 16))
 

@@ -31,7 +31,7 @@ from ca2vdm_cli.presets import PRESET_FILE, dump_preset
 from ca2vdm_cli.processes import any_process, gather_for, gathered, like
 from ca2vdm_cli.runtime import peak_memory
 from ca2vdm_cli.text_encoder import TextEncoder
-from ca2vdm_cli.train import sharding as zero
+from ca2vdm_cli.training import sharding as zero
 
 from .distillation import Distillation
 from .log import StepReport, TrainingLog

@@ -16,10 +16,10 @@ from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
-from ca2vdm_cli.train.log import VALIDATION_FILE
-from ca2vdm_cli.train.run_folder import RunFolder
-from ca2vdm_cli.train.trainer import Trainer, train
-from ca2vdm_cli.train.validation import LEVELS, Validator
+from ca2vdm_cli.training.log import VALIDATION_FILE
+from ca2vdm_cli.training.run_folder import RunFolder
+from ca2vdm_cli.training.trainer import Trainer, train
+from ca2vdm_cli.training.validation import LEVELS, Validator
 from ca2vdm_cli.video_io import open_reader
 
 PREFIXES = (0, 1, 5)

@@ -21,9 +21,9 @@ from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
-from ca2vdm_cli.train.log import StepReport
-from ca2vdm_cli.train.run_folder import METRICS_FILE, STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
-from ca2vdm_cli.train.trainer import Trainer, train, write_preset
+from ca2vdm_cli.training.log import StepReport
+from ca2vdm_cli.training.run_folder import METRICS_FILE, STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
+from ca2vdm_cli.training.trainer import Trainer, train, write_preset
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.pipeline import randomize
 from ca2vdm_cli.presets import load_preset
 
-SCRIPT = ROOT / "ca2vdm_cli" / "train" / "widen.py"
+SCRIPT = ROOT / "ca2vdm_cli" / "training" / "widen.py"
 SMALL = ModelConfig(
     depth=2, hidden_size=16, num_heads=2, latent_height=4, latent_width=4, context_frames=3, chunk_frames=2
 )

@@ -27,7 +27,7 @@ from ca2vdm_cli.model.kv_cache import KVCache
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
-from ca2vdm_cli.train.loss import Draw, Objective
+from ca2vdm_cli.training.loss import Draw, Objective
 
 MakeConfig = Callable[..., ModelConfig]
 MakeModel = Callable[..., CausalVideoTransformer]

@@ -23,8 +23,8 @@ from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
-from ca2vdm_cli.train.rollout import self_forcing_rollout
-from ca2vdm_cli.train.trainer import Trainer
+from ca2vdm_cli.training.rollout import self_forcing_rollout
+from ca2vdm_cli.training.trainer import Trainer
 
 MakeModel = Callable[..., CausalVideoTransformer]
 CHUNK = (4, 2, 4, 4)

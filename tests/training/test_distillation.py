@@ -26,8 +26,8 @@ from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.loop import SeededNoise, generate
 from ca2vdm_cli.generate.samplers import make_sampler
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
-from ca2vdm_cli.train.distillation import Distillation, noise_parts
-from ca2vdm_cli.train.loss import Draw
+from ca2vdm_cli.training.distillation import Distillation, noise_parts
+from ca2vdm_cli.training.loss import Draw
 
 MakeModel = Callable[..., CausalVideoTransformer]
 V = DiffusionConfig(beta_schedule=BetaSchedule.COSINE, prediction=Prediction.V)
