@@ -272,8 +272,8 @@ def bench(
         str,
         typer.Option(
             metavar="NAME,NAME,…",
-            help="Whom to compare the cache with: recompute, recompute-extendable, bidirectional, fixed-window, "
-            "per-step-cache; cached measures it alone.",
+            help="Baselines to compare the cache with: recompute, recompute-extendable, bidirectional, fixed-window, "
+            "per-step-cache, or your own context; `cached` measures the cache alone.",
         ),
     ] = "recompute",
     preset: Annotated[
@@ -287,58 +287,57 @@ def bench(
         str | None,
         typer.Option(
             metavar="P,P,…",
-            help="Window of the video; at each further one a chunk is measured. Default: the preset's.",
+            help="Window of the video; one chunk is measured at each further one. Default: the preset's.",
         ),
     ] = None,
     fixed_window: Annotated[int | None, typer.Option(min=1, help="Window of fixed-window. Default: one chunk.")] = None,
     steps: StepsOption = None,
     sampler: SamplerOption = None,
     seed: SeedOption = 0,
-    repeat: Annotated[int, typer.Option(min=1, help="Make the video so many times; medians over all.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="Generate the video this often; medians are over all.")] = 1,
     backend: Annotated[
-        str,
-        typer.Option(metavar="NAME,NAME,…", help="How to run the model (see `ca2vdm backends`), one after another."),
+        str, typer.Option(metavar="NAME,NAME,…", help="Backends to measure, one after another; see `ca2vdm backends`.")
     ] = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = DtypeName.auto,
     set_: SetOption = None,
-    json: Annotated[
-        str | None,
-        typer.Option(metavar="[FILE]", help="All figures as one JSON object, in a file or else on standard output."),
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Write a report: .html (plots and tables), .json (all figures), .csv (one row per chunk), or the "
+            "plots alone as .png, .svg or .pdf. Repeatable.",
+        ),
     ] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A row for every chunk, as CSV.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="A report with plots, in one HTML file.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="The plots alone, as PNG.")] = None,
+    json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Measure what the cache gains.
 
-    All contestants have the same weights, seed, backend and precision, and take turns in one run.
+    All methods use the same weights, seed, backend and precision, and run in alternating order.
     """
-    from .commands.bench import Request, run
+    from .commands.bench import run
 
     run(
-        Request(
-            compare=compare,
-            preset=preset or ("bench-small" if checkpoint is None else None),
-            checkpoint=checkpoint,
-            frames=frames,
-            context_frames=context_frames,
-            fixed_window=fixed_window,
-            steps=steps,
-            sampler=sampler,
-            seed=seed,
-            repeat=repeat,
-            backend=backend,
-            device=device,
-            dtype=dtype.value,
-            overrides=set_ or [],
-            json=json,
-            csv=csv,
-            html=html,
-            plot=plot,
-            quiet=quiet,
-        )
+        compare=compare,
+        preset=preset or ("bench-small" if checkpoint is None else None),
+        checkpoint=checkpoint,
+        frames=frames,
+        context_frames=context_frames,
+        fixed_window=fixed_window,
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        repeat=repeat,
+        backend=backend,
+        device=device,
+        dtype=dtype.value,
+        overrides=set_ or [],
+        outputs=output or [],
+        as_json=json,
+        quiet=quiet,
     )
 
 
@@ -351,7 +350,8 @@ def plan(
     sampler: SamplerOption = None,
     context_frames: ContextOption = None,
     cache_budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="What the cache may take, e.g. 1GiB. Default: what is available.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory for the cache, e.g. 1GiB. Default: all available memory."),
     ] = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
@@ -359,25 +359,25 @@ def plan(
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what a video will take before it is made.
+    """Estimate what a video will take before it is generated.
 
-    Cache, memory, operations and time, the last from some two seconds of measuring this machine; and the longest window
-    that fits the cache budget.
+    Cache, memory, operations and time, and the longest window that fits the cache budget. The time is estimated from
+    measuring this machine for about two seconds.
     """
     from .commands.plan import run
 
     run(
-        preset,
-        checkpoint,
-        frames,
-        steps,
-        sampler,
-        context_frames,
-        cache_budget,
-        backend,
-        device,
-        dtype.value,
-        set_ or [],
+        preset=preset,
+        checkpoint=checkpoint,
+        frames=frames,
+        steps=steps,
+        sampler=sampler,
+        context_frames=context_frames,
+        cache_budget=cache_budget,
+        backend=backend,
+        device=device,
+        dtype=dtype.value,
+        overrides=set_ or [],
         as_json=json,
     )
 
@@ -386,15 +386,21 @@ def plan(
 def verify(
     preset: PresetOption = None,
     checkpoint: CheckpointOption = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,…", help="Exact contexts to compare with cached, your own included. Default: recompute."
+        ),
+    ] = None,
     recorded: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Check against a recorded run instead, which carries its own weights."),
+        typer.Option(metavar="FILE", help="Check against a recorded run instead, with the weights in that file."),
     ] = None,
     steps: StepsOption = None,
     seed: SeedOption = 0,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
-    dtype: Annotated[DtypeName, typer.Option(help="float32 finds the subtlest fault.")] = DtypeName.float32,
+    dtype: Annotated[DtypeName, typer.Option(help="float32 finds the subtlest faults.")] = DtypeName.float32,
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -404,9 +410,20 @@ def verify(
     """
     from .commands.verify import run
 
-    raise typer.Exit(
-        run(preset, checkpoint, recorded, steps, seed, backend, device, dtype.value, set_ or [], as_json=json)
+    code = run(
+        preset=preset,
+        checkpoint=checkpoint,
+        recorded=recorded,
+        compare=compare,
+        steps=steps,
+        seed=seed,
+        backend=backend,
+        device=device,
+        dtype=dtype.value,
+        overrides=set_ or [],
+        as_json=json,
     )
+    raise typer.Exit(code)
 
 
 @app.command("import")
@@ -476,19 +493,6 @@ def _request(values: dict[str, Any]) -> dict[str, Any]:
     return request | {"dtype": values["dtype"].value, "overrides": values["set_"] or [], "as_json": values["json"]}
 
 
-def _bare_json(arguments: list[str]) -> list[str]:
-    """``bench --json`` without a file means standard output, which typer can't express."""
-    if arguments[:1] != ["bench"]:
-        return arguments
-    out: list[str] = []
-    for i, argument in enumerate(arguments):
-        out.append(argument)
-        following = arguments[i + 1] if i + 1 < len(arguments) else "--"
-        if argument == "--json" and following.startswith("-") and following != "-":
-            out.append("-")
-    return out
-
-
 def run(arguments: list[str]) -> int:
     """Run a command line; returns its exit code, and lets errors, Ctrl-C and closed pipes through.
 
@@ -497,7 +501,7 @@ def run(arguments: list[str]) -> int:
     """
     command = typer.main.get_command(app)
     try:  # not command.main(), which would handle Ctrl-C and closed pipes itself: print, and exit with 1
-        with command.make_context("ca2vdm", _bare_json(arguments) or ["--help"]) as context:
+        with command.make_context("ca2vdm", arguments or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code

@@ -1,10 +1,7 @@
-"""What a forward costs, by formula: floating-point operations, and bytes of the cache.
+"""Formulas for the cost of a forward (floating-point operations) and for the size of the cache (bytes).
 
-A multiplication and an addition count as two operations; only matrix products are counted (convolutions, linear layers,
-attention), as ``torch.utils.flop_counter`` does. All numbers are for one video; a batch multiplies them.
-
-Letters: T frames of the forward (P clean, L noisy), S tokens a frame, D width, K keys that a temporal query is
-multiplied with (T without a cache, the R slots of the ring with one), k frames of the spatial prefix, M text tokens.
+As in ``torch.utils.flop_counter``, a multiplication and an addition count as two operations, and only matrix products
+are counted: convolutions, linear layers, attention. All values are for one video; multiply them by the batch size.
 """
 
 from __future__ import annotations
@@ -15,29 +12,29 @@ _TIMESTEP_FEATURES = 256
 
 
 def step_flops(config: ModelConfig, context_frames: int) -> int:
-    """A denoising step with the cache: the noisy chunk, and a ring of ``context_frames + chunk_frames`` slots."""
+    """A denoising step with the cache: a noisy chunk attends to a ring of ``context_frames + chunk_frames`` slots."""
     slots = context_frames + config.chunk_frames
-    return _forward(config, clean=0, noisy=config.chunk_frames, keys=slots, looked_at=_prefix(config, None))
+    return _forward(config, clean=0, noisy=config.chunk_frames, keys=slots, prefix=_prefix(config, None))
 
 
 def per_step_cache_flops(config: ModelConfig, context_frames: int) -> int:
-    """A denoising step whose keys and values are kept: spatial ones of the chunk's last k frames come on top."""
-    kept = min(_prefix(config, None), config.chunk_frames)
-    spatial = config.depth * 2 * kept * config.tokens_per_frame * config.hidden_size * 2 * config.hidden_size
+    """A denoising step that also projects the spatial keys and values of the chunk's last frames, to cache them."""
+    frames = min(_prefix(config, None), config.chunk_frames)
+    spatial = config.depth * 2 * frames * config.tokens_per_frame * config.hidden_size * 2 * config.hidden_size
     return step_flops(config, context_frames) + spatial
 
 
 def write_flops(config: ModelConfig, context_frames: int, frames: int) -> int:
     """The clean forward that writes ``frames`` frames to the cache; the last block stops at its keys and values."""
     slots = context_frames + config.chunk_frames
-    return _forward(config, clean=frames, noisy=0, keys=slots, looked_at=0, writes_only=True)
+    return _forward(config, clean=frames, noisy=0, keys=slots, prefix=0, writes_only=True)
 
 
 def recompute_flops(config: ModelConfig, seen_frames: int) -> int:
-    """A denoising step that is fed ``seen_frames`` clean frames with the noisy chunk; a causal mask saves nothing."""
+    """A denoising step on ``seen_frames`` clean frames and the noisy chunk. A causal mask saves no operations."""
     frames = seen_frames + config.chunk_frames
-    looked_at = _prefix(config, seen_frames)
-    return _forward(config, clean=seen_frames, noisy=config.chunk_frames, keys=frames, looked_at=looked_at)
+    prefix = _prefix(config, seen_frames)
+    return _forward(config, clean=seen_frames, noisy=config.chunk_frames, keys=frames, prefix=prefix)
 
 
 def cache_bytes(
@@ -48,31 +45,31 @@ def cache_bytes(
     Args:
         config: the model's sizes.
         context_frames: window in frames.
-        itemsize: bytes of a number.
-        sink_frames: the model's own by default.
-        slid: whether the window has slid, after which rope sinks' keys are kept as first written as well.
+        itemsize: bytes per element.
+        sink_frames: by default the model's.
+        slid: whether the window has slid; rope sinks' keys are then kept as first written too.
     """
     sinks = config.sink_frames if sink_frames is None else sink_frames
     frames = context_frames + config.chunk_frames + _prefix(config, None)
-    numbers = config.depth * config.tokens_per_frame * 2 * config.hidden_size * frames
+    elements = config.depth * config.tokens_per_frame * 2 * config.hidden_size * frames
     if slid and sinks and config.temporal_positions.value == "rope":
-        numbers += config.depth * config.tokens_per_frame * config.hidden_size * sinks
-    return numbers * itemsize + text_bytes(config, itemsize)
+        elements += config.depth * config.tokens_per_frame * config.hidden_size * sinks
+    return elements * itemsize + text_bytes(config, itemsize)
 
 
 def text_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of the caption's keys and values in the cache, and of its mask, a byte a token."""
+    """Bytes of the caption's keys and values in the cache, and of its mask, one byte per token."""
     return config.depth * config.text_tokens * 2 * config.hidden_size * itemsize + config.text_tokens
 
 
 def largest_window(config: ModelConfig, budget: int, itemsize: int) -> int:
-    """The longest window, in frames, whose cache takes at most ``budget`` bytes; 0 where none fits."""
+    """The longest window, in frames, whose cache takes at most ``budget`` bytes; 0 if none fits."""
     frame = cache_bytes(config, 1, itemsize, slid=True) - cache_bytes(config, 0, itemsize, slid=True)
     return max(0, (budget - cache_bytes(config, 0, itemsize, slid=True)) // frame)
 
 
 def _prefix(config: ModelConfig, clean: int | None) -> int:
-    """Frames that prefix-enhanced attention looks at: all slots of the cache, or those it sees of ``clean`` frames."""
+    """Frames in the spatial prefix: all slots of the cache, or at most the number of ``clean`` frames."""
     frames = {
         SpatialPrefix.PREV_FRAMES: config.spatial_prefix_frames,
         SpatialPrefix.FIRST_FRAME: 1,
@@ -81,10 +78,15 @@ def _prefix(config: ModelConfig, clean: int | None) -> int:
     return frames if clean is None else min(frames, clean)
 
 
-def _forward(
-    config: ModelConfig, *, clean: int, noisy: int, keys: int, looked_at: int, writes_only: bool = False
-) -> int:
-    """One forward. ``looked_at``: clean frames that the noisy ones look at in prefix-enhanced attention."""
+def _forward(config: ModelConfig, *, clean: int, noisy: int, keys: int, prefix: int, writes_only: bool = False) -> int:
+    """One forward.
+
+    Args:
+        clean, noisy: frames that go through the network.
+        keys: frames that a temporal query attends to: those of the forward, or the slots of the ring.
+        prefix: clean frames that noisy ones attend to in prefix-enhanced spatial attention.
+        writes_only: stop at the last block's keys and values.
+    """
     frames, s, d = clean + noisy, config.tokens_per_frame, config.hidden_size
     tokens, hidden = frames * s, int(d * config.mlp_ratio)
     patch = config.patch_size**2
@@ -95,20 +97,20 @@ def _forward(
 
     spatial = 2 * tokens * 4 * d * d + 4 * tokens * s * d
     if config.spatial_prefix is not SpatialPrefix.NONE:
-        spatial += clean * s * (2 * 4 * d * d + 4 * s * d)  # a clean frame: its own tokens, or those of the first frame
-        if looked_at:
-            spatial += noisy * s * (2 * 2 * d * d + 4 * looked_at * s * d)  # queries and output projection
+        spatial += clean * s * (2 * 4 * d * d + 4 * s * d)  # to its own tokens, or to the first frame
+        if prefix:
+            spatial += noisy * s * (2 * 2 * d * d + 4 * prefix * s * d)  # queries and output projection
     temporal = 2 * tokens * 4 * d * d + 4 * tokens * keys * d
     merge = 2 * tokens * (d + 1) * d if config.mask_channel else 0
 
     def rest(count: int) -> int:
-        """Text and MLP of so many tokens."""
+        """Text attention and MLP for ``count`` tokens."""
         text = 2 * 2 * d * d + 4 * config.text_tokens * d if config.text_channels else 0
         return count * (text + 2 * 2 * d * hidden)
 
     total = embed + merge + (config.depth - 1) * (spatial + temporal + rest(tokens)) + spatial
     if writes_only:
         return total + 2 * tokens * 2 * d * d
-    last = noisy * s  # tokens that go on to the end; of the clean ones the last block needs temporal keys and values
+    last = noisy * s  # tokens that reach the end: the last block needs only temporal keys and values of clean ones
     final = 2 * last * d * patch * config.out_channels
     return total + 2 * (tokens + last) * 2 * d * d + 4 * last * keys * d + rest(last) + final

@@ -1,8 +1,8 @@
-"""What a run will take, before it is run: cache, memory, operations and time.
+"""Estimates of what a video will take before it is generated: cache, memory, operations and time.
 
-Bytes and operations are computed: the cache and the operations by formula, the memory of a forward by going through it
-with tensors that have shapes and no numbers. Time is measured for about two seconds, on a model of the same width and
-window that has as few blocks as that takes, and carried on to the full depth by the operations that it has to do.
+The sizes of the cache and the numbers of operations come from formulas; the memory of a forward from a simulation with
+fake tensors, which have shapes but no data. Time is measured for about two seconds on a model of the same width and
+window with fewer blocks, and scaled to the full depth by the number of operations.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ from ca2vdm_cli.presets import LoadedPreset
 from ca2vdm_cli.runtime import PeakMemory, available_memory, resident_memory, synchronize
 
 from .costs import cache_bytes, largest_window, step_flops, write_flops
+from .lockstep import first_frame
 
 MEASURE_SECONDS = 2.0
-"""How long the machine is measured, about."""
+"""About how long the machine is measured."""
 HEAP = 1.5
-"""What a forward takes on a CPU, as a multiple of the tensors that are alive at a time: the system's allocator keeps
-pieces of freed memory. Measured from 1.1 to 2.3."""
+"""Memory of a forward on a CPU, as a multiple of the tensors alive at a time: the system's allocator keeps fragments of
+freed memory. Measured: 1.1 to 2.3."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """The run in question: one video, made with the cache."""
+class Workload:
+    """One video, generated with the cache."""
 
     preset: LoadedPreset
     backend: Backend
@@ -59,57 +60,57 @@ class Request:
     steps: int
     sampler: str
     context_frames: int | None = None
-    """Window; the preset's by default."""
+    """Window; by default the preset's."""
     cache_budget: int | None = None
-    """Bytes that the cache may take; by default all that is available beside the rest."""
+    """Bytes that the cache may take; by default all memory that the rest leaves."""
     weights_file_bytes: int = 0
-    """Size of the weights' file, which is in memory beside the model while that is loaded."""
+    """Size of the weights file, which is in memory together with the model during loading."""
 
 
-def estimate(request: Request) -> dict[str, Any]:
-    """Predict; returns the report of ``plan --json``.
+def estimate(workload: Workload) -> dict[str, Any]:
+    """The estimates, as ``plan --json`` prints them.
 
     Raises:
-        UsageError: a window, length, sampler or number of steps that the model can't have.
+        UsageError: a window, length, sampler or number of steps that the model doesn't support.
     """
-    model_config = request.preset.config.model
+    model_config = workload.preset.config.model
     startup_seconds = time.perf_counter() - STARTED
-    clock = TemporalWindow(model_config, request.context_frames)
-    window, length = clock.context_frames, model_config.chunk_frames
-    first = 0 if request.preset.config.diffusion.unconditional_start else 1  # a frame that must be given
-    chunks = max(1, math.ceil((request.frames - first) / length))
-    clock.check_length(first + chunks * length)
-    steps = len(_sampler(request).timesteps)  # some schedulers make more
-    size = request.dtype.itemsize
+    temporal = TemporalWindow(model_config, workload.context_frames)
+    window, length = temporal.context_frames, model_config.chunk_frames
+    first = first_frame(workload.preset.config)
+    chunks = max(1, math.ceil((workload.frames - first) / length))
+    temporal.check_length(first + chunks * length)
+    steps = len(_sampler(workload).timesteps)  # some schedulers take more steps than asked for
     slid = first + (chunks - 1) * length > window
-    cache = cache_bytes(model_config, window, size, slid=slid)
-    autoencoder = _load_autoencoder(request)
-    times = _measure(request, autoencoder)
-    base = 0 if request.device.type == "cuda" else resident_memory()  # before the simulation, which loads more of torch
-    memory = _simulate(request, autoencoder)
+    cache = cache_bytes(model_config, window, workload.dtype.itemsize, slid=slid)
+    autoencoder = _load_autoencoder(workload)
+    times = _measure(workload, autoencoder)
+    # measured before the simulation, which loads more of torch
+    process = 0 if workload.device.type == "cuda" else resident_memory()
+    memory = _simulate(workload, autoencoder)
 
     per_chunk = steps * (times.step + times.sampler) + times.write + times.decode
     model_peak = memory.weights + cache + max(memory.step, memory.write)
     running = memory.weights + memory.autoencoder + cache + max(memory.step, memory.write, memory.decode)
-    peak = base + max(running, memory.loading + request.weights_file_bytes)
+    peak = process + max(running, memory.loading + workload.weights_file_bytes)
     step, write = step_flops(model_config, window), write_flops(model_config, window, length)
     denoise_seconds = chunks * steps * (times.step + times.sampler)
     writes = chunks - 1 + first
     write_seconds = writes * times.write
     seconds = denoise_seconds + write_seconds + chunks * times.decode
-    available = available_memory(request.device)
-    budget = request.cache_budget
+    available = available_memory(workload.device)
+    budget = workload.cache_budget
     if budget is None and available is not None:
         budget = max(0, available - (running - cache))
     return {
-        "preset": request.preset.name,
-        "backend": request.backend.name,
-        "device": str(request.device),
-        "dtype": str(request.dtype).removeprefix("torch."),
-        "frames": request.frames,
+        "preset": workload.preset.name,
+        "backend": workload.backend.name,
+        "device": str(workload.device),
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "frames": workload.frames,
         "chunks": chunks,
         "steps": steps,
-        "sampler": request.sampler,
+        "sampler": workload.sampler,
         "context_frames": window,
         "cache_bytes": cache,
         "weights_bytes": memory.weights + memory.autoencoder,
@@ -117,7 +118,7 @@ def estimate(request: Request) -> dict[str, Any]:
         "write_rise_bytes": memory.write,
         "decode_rise_bytes": memory.decode,
         "model_peak_memory_bytes": model_peak,
-        "process_bytes": base,
+        "process_bytes": process,
         "peak_memory_bytes": peak,
         "flops_per_step": step,
         "cache_write_flops": write,
@@ -131,49 +132,44 @@ def estimate(request: Request) -> dict[str, Any]:
         "startup_seconds": startup_seconds + times.loading,
         "seconds": startup_seconds + times.loading + seconds,
         "first_chunk_seconds": startup_seconds + times.loading + per_chunk - times.write,
-        "frames_per_second": request.frames / seconds,
+        "frames_per_second": workload.frames / seconds,
         "measured_depth": times.depth,
         "available_memory_bytes": available,
         "fits": available is None or running <= available,
         "cache_budget_bytes": budget,
-        **_windows(request, budget),
-        "left_out": _left_out(request),
+        **_windows(workload, budget),
+        "left_out": _left_out(workload),
     }
 
 
-def _left_out(request: Request) -> list[str]:
-    """What the run takes beside what is predicted."""
-    config, found = request.preset.config, []
+def _left_out(workload: Workload) -> list[str]:
+    """What the estimates do not include."""
+    config, parts = workload.preset.config, []
     if config.video is not None and not autoencoders[config.autoencoder.kind].trained_here:
-        found.append("the autoencoder of diffusers")
+        parts.append("the autoencoder of diffusers")
     if config.text is not None:
-        found += ["the text encoder", "a prompt's guidance (twice the cache and the operations of a step)"]
-    return found
+        parts += ["the text encoder", "a prompt's guidance (twice the cache and the operations of a step)"]
+    return parts
 
 
-def _windows(request: Request, budget: int | None) -> dict[str, int | None]:
-    """The longest window that the budget has room for, and the longest that the model's positions express."""
-    config = request.preset.config.model
-    fits = None if budget is None else largest_window(config, budget, request.dtype.itemsize)
+def _windows(workload: Workload, budget: int | None) -> dict[str, int | None]:
+    """The longest window that fits the budget, and the longest that the model's positions allow."""
+    config = workload.preset.config.model
+    fits = None if budget is None else largest_window(config, budget, workload.dtype.itemsize)
     longest = None
     if config.temporal_positions is not TemporalPositions.ROPE:
         longest = config.table_length - config.chunk_frames
-    both = [frames for frames in (fits, longest) if frames is not None]
-    if both and not _is_a_window(config, min(both)):
-        both = [0]
+    largest = min((frames for frames in (fits, longest) if frames is not None), default=None)
+    if largest is not None:
+        try:
+            TemporalWindow(config, largest)
+        except UsageError:
+            largest = 0
     return {
         "largest_window_in_budget": fits,
         "largest_window_of_positions": longest,
-        "largest_window": min(both) if both else None,
+        "largest_window": largest,
     }
-
-
-def _is_a_window(config: ModelConfig, frames: int) -> bool:
-    try:
-        TemporalWindow(config, frames)
-    except UsageError:
-        return False
-    return True
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -181,7 +177,7 @@ def _is_a_window(config: ModelConfig, frames: int) -> bool:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Bytes. ``step``, ``write`` and ``decode``: what a forward takes at the highest, beside what was there before."""
+    """Bytes. ``step``, ``write`` and ``decode`` are the peaks of a forward above what was allocated before it."""
 
     weights: int
     autoencoder: int
@@ -192,7 +188,7 @@ class _Memory:
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of tensors that are alive, of those that came to be within."""
+    """Counts the bytes of tensors that are created within and still alive."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -220,13 +216,13 @@ class _Live(TorchDispatchMode):
 
 
 @torch.inference_mode()
-def _simulate(request: Request, autoencoder: Autoencoder | None) -> _Memory:
-    """Go through a step, a cache write and a decoding with tensors that have no numbers."""
-    config = request.preset.config.model
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"), request.device:
-        with _default_dtype(request.dtype):
-            model = CausalVideoTransformer(config, request.backend).eval()
-        context = _full_context(model, request.context_frames)
+def _simulate(workload: Workload, autoencoder: Autoencoder | None) -> _Memory:
+    """Run a step, a cache write and a decoding with fake tensors."""
+    config = workload.preset.config.model
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"), workload.device:
+        with _default_dtype(workload.dtype):
+            model = CausalVideoTransformer(config, workload.backend).eval()
+        context = _full_context(model, workload.context_frames)
         noisy, timestep = torch.empty(_shape(config)), torch.zeros(1)
         known = [*model.state_dict().values(), *_buffers(context), noisy]
         with _Live(known) as step:
@@ -239,9 +235,9 @@ def _simulate(request: Request, autoencoder: Autoencoder | None) -> _Memory:
             with _Live([*autoencoder.state_dict().values(), frames]) as decode:
                 autoencoder.decode(frames)
             decode_peak = decode.peak
-    heap = HEAP if request.device.type == "cpu" else 1.0
+    heap = HEAP if workload.device.type == "cpu" else 1.0
     return _Memory(
-        weights=_bytes(model, request.dtype.itemsize),
+        weights=_bytes(model, workload.dtype.itemsize),
         autoencoder=0 if autoencoder is None else _bytes(autoencoder),
         step=int(heap * step.peak),
         write=int(heap * write.peak),
@@ -261,7 +257,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _bytes(module: torch.nn.Module, itemsize: int | None = None) -> int:
-    """Bytes of a module's numbers, as they are or in a format of ``itemsize`` bytes."""
+    """Bytes of a module's state, in its own dtypes or in one of ``itemsize`` bytes."""
     return sum(tensor.numel() * (itemsize or tensor.itemsize) for tensor in module.state_dict().values())
 
 
@@ -274,20 +270,20 @@ def _shape(config: ModelConfig) -> tuple[int, ...]:
 
 
 def _frames_shape(config: ModelConfig) -> tuple[int, ...]:
-    """The same as frames of the autoencoder."""
+    """A chunk as the autoencoder takes it: frames are its batch."""
     return (config.chunk_frames, config.in_channels, config.latent_height, config.latent_width)
 
 
-def _load_autoencoder(request: Request) -> Autoencoder | None:
-    """The preset's own small autoencoder with random weights; None where there is none, or a large one."""
-    config = request.preset.config
+def _load_autoencoder(workload: Workload) -> Autoencoder | None:
+    """The preset's own small autoencoder with random weights; None if there is none, or a large one."""
+    config = workload.preset.config
     if config.video is None or not autoencoders[config.autoencoder.kind].trained_here:
         return None
-    return load_autoencoder(config.autoencoder, config.video, config.model.in_channels).to(request.device)
+    return load_autoencoder(config.autoencoder, config.video, config.model.in_channels).to(workload.device)
 
 
 def _full_context(model: CausalVideoTransformer, window: int | None) -> CachedContext:
-    """A cache that a chunk was written to, ready for a denoising step. A step costs the same however full it is."""
+    """A cache with one chunk, ready for a denoising step. A step costs the same however full the cache is."""
     context = make_context(model, "cached", 1, context_frames=window)
     assert isinstance(context, CachedContext)
     caption = stored_caption(model, 1)
@@ -303,7 +299,7 @@ def _full_context(model: CausalVideoTransformer, window: int | None) -> CachedCo
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds, carried on to the full depth."""
+    """Seconds, scaled to the full depth."""
 
     step: float
     write: float
@@ -311,33 +307,33 @@ class _Times:
     decode: float
     loading: float
     depth: int
-    """That was measured."""
+    """Blocks of the measured model."""
 
 
 @torch.inference_mode()
-def _measure(request: Request, autoencoder: Autoencoder | None) -> _Times:
-    """Measure one block, then as many as the time allows, up to the full depth."""
-    config = request.preset.config.model
-    sampler = _sampler_seconds(request)
+def _measure(workload: Workload, autoencoder: Autoencoder | None) -> _Times:
+    """Measure one block, then as many as time allows, up to the full depth."""
+    config = workload.preset.config.model
+    sampler = _sampler_seconds(workload)
     decode = 0.0
     if autoencoder is not None:
-        frames = torch.randn(_frames_shape(config), device=request.device)
-        decode = _seconds(lambda: autoencoder.decode(frames), request.device, MEASURE_SECONDS / 8)
-    one = _Probe(request, 1)
+        frames = torch.randn(_frames_shape(config), device=workload.device)
+        decode = _seconds(lambda: autoencoder.decode(frames), workload.device, MEASURE_SECONDS / 8)
+    one = _Probe(workload, 1)
     once = one.step() + one.write()
-    depth = max(1, min(config.depth, int(MEASURE_SECONDS / 4 / once)))  # one round to warm up, and three that count
-    probe = one if depth == 1 else _Probe(request, depth)
+    depth = max(1, min(config.depth, int(MEASURE_SECONDS / 4 / once)))  # one warm-up round and three timed ones
+    probe = one if depth == 1 else _Probe(workload, depth)
     rounds: list[tuple[float, float]] = []
     began = time.perf_counter()
     while not rounds or (time.perf_counter() - began < 0.75 * MEASURE_SECONDS and len(rounds) < 50):
         rounds.append((probe.step(), probe.write()))
     step, write = (statistics.median(seconds) for seconds in zip(*rounds, strict=True))
-    making = probe.making_seconds * config.depth / depth
-    step, write = step * probe.share(step_flops), write * probe.share(_chunk_write_flops)
+    loading = probe.build_seconds * config.depth / depth
+    step, write = step * probe.scale(step_flops), write * probe.scale(_chunk_write_flops)
     del one, probe
     gc.collect()
-    PeakMemory(request.device)  # gives freed memory back
-    return _Times(step, write, sampler, decode, making, depth)
+    PeakMemory(workload.device)  # returns freed memory to the system
+    return _Times(step, write, sampler, decode, loading, depth)
 
 
 def _chunk_write_flops(config: ModelConfig, context_frames: int) -> int:
@@ -345,21 +341,21 @@ def _chunk_write_flops(config: ModelConfig, context_frames: int) -> int:
 
 
 class _Probe:
-    """A model of the preset's width and window, ``depth`` blocks deep, with a cache."""
+    """A model of the preset's width and window with ``depth`` blocks, and a cache."""
 
-    def __init__(self, request: Request, depth: int) -> None:
-        self.full = request.preset.config.model
+    def __init__(self, workload: Workload, depth: int) -> None:
+        self.full = workload.preset.config.model
         self.config = replace(self.full, depth=depth)
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
-            model = CausalVideoTransformer(self.config, request.backend)
-            self.making_seconds = time.perf_counter() - began
+            model = CausalVideoTransformer(self.config, workload.backend)
+            self.build_seconds = time.perf_counter() - began
             randomize(model)
-        self._model = model.to(request.device, request.dtype).eval().requires_grad_(False)
-        self._context = _full_context(self._model, request.context_frames)
-        self._plan = self._context.cache.plan(self.config.chunk_frames, clean=True)
-        self._noisy = torch.randn(_shape(self.config), device=request.device)
-        self._timestep = torch.full((1,), 500, device=request.device)
+        self._model = model.to(workload.device, workload.dtype).eval().requires_grad_(False)
+        self._context = _full_context(self._model, workload.context_frames)
+        self._write_plan = self._context.cache.plan(self.config.chunk_frames, clean=True)
+        self._noisy = torch.randn(_shape(self.config), device=workload.device)
+        self._timestep = torch.full((1,), 500, device=workload.device)
         self.step()  # warm-up
         self.write()
 
@@ -368,53 +364,53 @@ class _Probe:
         return self._timed(lambda: self._context.predict(self._noisy, self._timestep))
 
     def write(self) -> float:
-        """Seconds of a cache write, of the same chunk again and again."""
+        """Seconds of a cache write; repeated calls write the same chunk."""
         cache = self._context.cache
-        seconds = self._timed(lambda: self._model(self._noisy, self._timestep * 0, self._plan, cache))
+        seconds = self._timed(lambda: self._model(self._noisy, self._timestep * 0, self._write_plan, cache))
         cache.frames -= self.config.chunk_frames
         return seconds
 
-    def share(self, flops: Callable[[ModelConfig, int], int]) -> float:
-        """How many times as much the full depth has to do."""
+    def scale(self, flops: Callable[[ModelConfig, int], int]) -> float:
+        """How many times as many operations the full depth takes."""
         window = self._context.window.context_frames
         return flops(self.full, window) / flops(self.config, window)
 
     def _timed(self, call: Callable[[], object]) -> float:
-        synchronize(self._model.device)
-        began = time.perf_counter()
-        call()
-        synchronize(self._model.device)
-        return time.perf_counter() - began
+        return _timed(call, self._model.device)
 
 
-def _sampler(request: Request) -> Sampler:
-    config = request.preset.config
-    return sampler_for(NoiseProcess(config.diffusion), config.sampling, name=request.sampler, steps=request.steps)
+def _sampler(workload: Workload) -> Sampler:
+    config = workload.preset.config
+    return sampler_for(NoiseProcess(config.diffusion), config.sampling, name=workload.sampler, steps=workload.steps)
 
 
-def _sampler_seconds(request: Request) -> float:
-    """The sampler's own arithmetic and noise, a step."""
-    config, sampler = request.preset.config, _sampler(request)
-    x = torch.randn(_shape(config.model), device=request.device)
-    output = torch.randn(1, config.model.out_channels, *x.shape[2:], device=request.device)
+def _sampler_seconds(workload: Workload) -> float:
+    """Seconds per step of the sampler's arithmetic and noise."""
+    config, sampler = workload.preset.config, _sampler(workload)
+    x = torch.randn(_shape(config.model), device=workload.device)
+    output = torch.randn(1, config.model.out_channels, *x.shape[2:], device=workload.device)
 
     def draw(index: int) -> Tensor:
-        return torch.randn(x.shape).to(request.device)
+        return torch.randn(x.shape).to(workload.device)
 
     def first_step() -> None:
         sampler.step(0, sampler.scale_input(0, sampler.start(x)), output, draw)
 
-    return _seconds(first_step, request.device, 0.02)
+    return _seconds(first_step, workload.device, 0.02)
 
 
 def _seconds(call: Callable[[], object], device: torch.device, at_most: float) -> float:
-    """Median of a few calls, after one that does not count."""
+    """Median of a few calls, after a warm-up call."""
     call()
-    found: list[float] = []
-    while not found or (sum(found) < at_most and len(found) < 20):
-        synchronize(device)
-        began = time.perf_counter()
-        call()
-        synchronize(device)
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+    times: list[float] = []
+    while not times or (sum(times) < at_most and len(times) < 20):
+        times.append(_timed(call, device))
+    return statistics.median(times)
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - began

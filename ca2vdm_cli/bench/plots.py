@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING
 
-from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.errors import UsageError
+
+from .results import BackendRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLORS = {
-    "cached": "#2a6fbb",
-    "recompute": "#c44e2b",
-    "recompute-extendable": "#8c2d5a",
-    "bidirectional": "#6b5cb8",
-    "fixed-window": "#4f9d69",
-    "per-step-cache": "#b8902f",
-}
+_COLORS = ("#2a6fbb", "#c44e2b", "#8c2d5a", "#6b5cb8", "#4f9d69", "#b8902f", "#3a9aa8", "#7d7f85")
 _INK, _GRID = "#1c2430", "#dfe4ec"
 
 
 def require_matplotlib() -> None:
-    """Say at once that plots can't be made, and not after the benchmark.
+    """Check before the benchmark that plots can be drawn after it.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -32,107 +28,99 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise UsageError("--plot, --html: matplotlib is not installed: pip install 'ca2vdm[bench]'") from None
+        raise UsageError("plots: matplotlib is not installed: pip install 'ca2vdm[bench]'") from None
 
 
-def save_png(report: dict[str, Any], path: Path) -> None:
-    """Write the plots as a PNG.
-
-    Raises:
-        UserError: it can't be written.
-    """
-    try:
-        _figure(report).savefig(path, format="png", dpi=110)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def as_svg(report: dict[str, Any]) -> str:
-    """The plots as an ``<svg>`` element, letters as outlines, so that it needs nothing from outside."""
+def draw(run: BackendRun, format: str) -> bytes:
+    """The plots as ``png``, ``svg`` or ``pdf``. Text in SVG is drawn as outlines, so it needs no font."""
     import matplotlib
 
-    out = io.StringIO()
+    out = io.BytesIO()
+    date = {"svg": "Date", "pdf": "CreationDate"}.get(format)  # left out, so that equal runs give equal files
     with matplotlib.rc_context({"svg.hashsalt": "ca2vdm"}):
-        _figure(report).savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+        _figure(run).savefig(out, format=format, dpi=110, metadata={date: None} if date else None)
+    return out.getvalue()
 
 
-def _figure(report: dict[str, Any]) -> Figure:
-    """Two rows of three plots: where a chunk's time goes, and how costs grow."""
+def _figure(run: BackendRun) -> Figure:
+    """Two rows of three plots: what a chunk costs, and how costs grow."""
     from matplotlib.figure import Figure  # without pyplot, which looks for a display
 
     figure = Figure(figsize=(13, 7.8), layout="constrained")
-    figure.get_layout_engine().set(hspace=0.08)  # type: ignore[union-attr, call-arg]
-    ((chunk, share, memory), (time_, flops, step)) = figure.subplots(2, 3)
+    figure.get_layout_engine().set(hspace=0.08, wspace=0.05)  # type: ignore[union-attr, call-arg]
+    (chunk, utilization, memory), (seconds, flops, step) = figure.subplots(2, 3)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=_INK, labelsize=9)
-    _bars(chunk, report, [("denoising", "steady_denoise_seconds", 1.0), ("cache write", "cache_write_seconds", 0.45)])
-    chunk.set_title("A chunk, steady state: seconds")
-    _bars(share, report, [("", "mfu", 1.0)], percent=True)
-    share.set_title("Share of the machine's matrix-product rate")
-    _bars(memory, report, [("", "peak_memory_above_weights_bytes", 1.0)], scale=2**20)
-    memory.set_title("Peak memory above weights: MiB")
-    _lines(time_, report, "frames", "seconds", 1.0)
-    time_.set(title="A video: seconds (and exponent)", xlabel="frames of the video")
-    most = max(max(curve["flops"]) for curve in report["growth"]["frames"].values())
-    unit, scale = ("TFLOP", 1e12) if most > 1e12 else ("GFLOP", 1e9)
-    _lines(flops, report, "frames", "flops", scale)
-    flops.set(title=f"A video: {unit} (and exponent)", xlabel="frames of the video")
-    _lines(step, report, "context_frames", "seconds", 1.0)
-    step.set(title="A step: seconds (and exponent)", xlabel="frames of context")
-    for axes in figure.axes:
-        axes.set_title(axes.get_title(), loc="left", fontsize=10.5, color=_INK, fontweight="bold")
-        axes.set_title("")
+        axes.set_axisbelow(True)
+
+    methods, results = list(run.results), run.results.values()
+    denoising = [result.steady_denoise_seconds for result in results]
+    writes = [result.cache_write_seconds for result in results]
+    peaks = [result.peak_memory_above_weights_bytes for result in results]
+    _bars(chunk, "Seconds per chunk (light: cache write)", methods, denoising, writes)
+    _bars(utilization, "Share of matrix-product rate (MFU)", methods, [result.mfu for result in results], percent=True)
+    _bars(memory, "Peak memory above weights (MiB)", methods, [(peak or 0) / 2**20 for peak in peaks])
+    utilization.set_yticklabels([])
+    memory.set_yticklabels([])
+
+    frames, context = run.growth.frames, run.growth.context_frames
+    unit, scale = ("TFLOP", 1e12) if max(curve.flops[-1] for curve in frames.values()) > 1e12 else ("GFLOP", 1e9)
+    _title(seconds, "Seconds per video (fitted exponent)")
+    _title(flops, f"{unit} per video (fitted exponent)")
+    _title(step, "Seconds per step (fitted exponent)")
+    for (method, curve), color in zip(frames.items(), cycle(_COLORS), strict=False):
+        _line(seconds, method, curve.frames, curve.seconds, curve.seconds_exponent, color)
+        _line(flops, method, curve.frames, [count / scale for count in curve.flops], curve.flops_exponent, color)
+        growth = context[method]
+        _line(step, method, growth.frames, growth.seconds, growth.seconds_exponent, color)
+    for axes, label in ((seconds, "frames of video"), (flops, "frames of video"), (step, "frames of context")):
+        axes.set_xlabel(label, fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.grid(color=_GRID)
+        axes.legend(fontsize=8.5, frameon=False)
     return figure
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=10.5, color=_INK, fontweight="bold")
 
 
 def _bars(
     axes: Axes,
-    report: dict[str, Any],
-    parts: list[tuple[str, str, float]],
+    title: str,
+    methods: list[str],
+    values: Sequence[float | None],
+    lighter: Sequence[float | None] = (),
     *,
-    scale: float = 1.0,
     percent: bool = False,
 ) -> None:
-    """A bar for every contestant, of parts (label, key of the result, opacity); the sum is written at its end."""
-    results = report["results"]
-    left = [0.0] * len(results)
-    colors = [_COLORS[name] for name in results]
-    for _, key, opacity in parts:
-        widths = [(result[key] or 0.0) / scale for result in results.values()]
-        axes.barh(list(results), widths, left=left, color=colors, alpha=opacity, height=0.62)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for i, total in enumerate(left):
-        number = f"{total:.3g}" if total < 1000 else f"{total:,.0f}"
-        label = "–" if not total else f"{total:.0%}" if percent else number
-        axes.text(total, i, f" {label}", va="center", fontsize=9, color=_INK)
+    """A bar per method, with another, lighter one added to it; the sum is written at its end."""
+    first = [value or 0.0 for value in values]
+    second = [value or 0.0 for value in lighter or [0.0] * len(first)]
+    colors = [color for _, color in zip(methods, cycle(_COLORS), strict=False)]
+    axes.barh(methods, first, color=colors, height=0.62)
+    axes.barh(methods, second, left=first, color=colors, alpha=0.45, height=0.62)
+    for i, total in enumerate(map(sum, zip(first, second, strict=True))):
+        number = f"{total:.0%}" if percent else f"{total:.3g}" if total < 1000 else f"{total:,.0f}"
+        axes.text(total, i, f" {number if total else '–'}", va="center", fontsize=9, color=_INK)
     axes.invert_yaxis()
     axes.margins(x=0.16)
     axes.grid(axis="x", color=_GRID)
-    axes.set_axisbelow(True)
     if percent:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    if len(parts) > 1:
-        axes.set_xlabel(", then paler: ".join(label for label, _, _ in parts), fontsize=9)
+    _title(axes, title)
 
 
-def _lines(axes: Axes, report: dict[str, Any], length: str, cost: str, scale: float) -> None:
-    for name, curve in report["growth"][length].items():
-        exponent = curve[f"{cost}_exponent"]
-        label = name if exponent is None else f"{name}  {exponent:.2f}"
-        own = name == "cached"
-        axes.plot(
-            curve["frames"],
-            [value / scale for value in curve[cost]],
-            color=_COLORS[name],
-            marker="o",
-            markersize=4,
-            linewidth=2.4 if own else 1.5,
-            zorder=3 if own else 2,
-            label=label,
-        )
-    axes.set_ylim(bottom=0)
-    axes.grid(color=_GRID)
-    axes.legend(fontsize=8.5, frameon=False)
+def _line(axes: Axes, method: str, x: Sequence[float], y: Sequence[float], exponent: float | None, color: str) -> None:
+    ours = method == "cached"
+    axes.plot(
+        x,
+        y,
+        color=color,
+        marker="o",
+        markersize=4,
+        linewidth=2.4 if ours else 1.5,
+        zorder=3 if ours else 2,
+        label=method if exponent is None else f"{method} ({exponent:.2f})",
+    )

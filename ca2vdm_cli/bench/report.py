@@ -1,123 +1,196 @@
-"""What the benchmark's numbers mean: the verdict in words, and the files that are written of a report."""
+"""A benchmark's report for people: the verdict in words, warnings, tables, CSV and HTML."""
 
 from __future__ import annotations
 
 import csv
 import html
 import io
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
-from ca2vdm_cli.errors import UserError
+from ca2vdm_cli.generate.context import contexts
 
-Report = dict[str, Any]
-"""What ``bench --json`` prints."""
+from .results import BackendRun, Report, Spread
 
-OTHER_VIDEOS = (
-    "bidirectional, fixed-window and per-step-cache make another video than cached does on the same weights: only "
-    "their cost is compared."
-)
-"""Said wherever one of them is in a table."""
+Units = Callable[[float], str]
+"""Formats bytes or seconds for people."""
+Table = tuple[list[str], list[list[str]]]
+"""Columns, right-aligned if they end in ``>``, and rows; a cell may have a second line."""
 
 
-def verdict(report: Report) -> str:
+def verdict(run: BackendRun) -> str:
     """The outcome in one line of words."""
-    return "; ".join([_speed(report), *_memory(report), _exactness(report)])
+    return "; ".join([_speed(run), *_memory(run), _exactness(run)])
 
 
-def _speed(report: Report) -> str:
-    measured = {name: ratio for name, ratio in report["speedup_per_chunk"].items() if ratio}
-    if not report["speedup_per_chunk"]:
+def _speed(run: BackendRun) -> str:
+    measured = {method: ratio for method, ratio in run.speedup_per_chunk.items() if ratio}
+    if not run.speedup_per_chunk:
         return "cached alone was measured"
     if not measured:
-        return "no chunk saw a full window: ask for more --frames"
+        return "no chunk saw a full window, so there is no speed to compare: measure more frames"
     parts: list[str] = []
     for faster in (True, False):
-        names = [name for name, ratio in measured.items() if (ratio >= 1) is faster]
-        word = "faster" if faster else "slower"
-        for i, name in enumerate(names):
-            ratio = measured[name] if faster else 1 / measured[name]
-            parts.append(f"{ratio:.2f}× {word} than {name}" if i == 0 else f"{ratio:.2f}× than {name}")
-    steps = f"{report['steps']} step{'' if report['steps'] == 1 else 's'} a chunk"
-    return f"cached is {_listed(parts)} at a {report['context_frames']}-frame window and {steps}"
+        word = "faster " if faster else "slower "
+        for method, ratio in measured.items():
+            if (ratio >= 1) is faster:
+                parts.append(f"{ratio if faster else 1 / ratio:.2f}× {word}than {method}")
+                word = ""
+    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    steps = f"{run.steps} step{'' if run.steps == 1 else 's'} a chunk"
+    return f"cached is {listed} at a {run.context_frames}-frame window and {steps}"
 
 
-def _memory(report: Report) -> Iterator[str]:
-    results = report["results"]
-    if "per-step-cache" in results:
-        ratio = results["per-step-cache"]["cache_bytes"] / results["cached"]["cache_bytes"]
+def _memory(run: BackendRun) -> Iterator[str]:
+    if "per-step-cache" in run.results:
+        ratio = run.results["per-step-cache"].cache_bytes / run.results["cached"].cache_bytes
         yield f"{ratio:.3g}× less cache memory than per-step-cache"
 
 
-def _exactness(report: Report) -> str:
-    if report["outputs_agree"] is None:
-        return "outputs not compared (that takes recompute)"
-    apart = f"{report['max_abs_difference_before_slide']:.1e}"
-    if not report["outputs_agree"]:
-        return f"outputs DIFFER by {apart} before the window slides"
-    return f"outputs equal to {apart} until the window slides (largest output {report['max_abs_output']:.1f})"
+def _exactness(run: BackendRun) -> str:
+    if run.outputs_agree is None:
+        return "outputs not compared (no exact baseline)"
+    difference = f"{run.max_abs_difference_before_slide:.1e}"
+    if not run.outputs_agree:
+        return f"outputs DIFFER by {difference} before the window slides"
+    return f"outputs equal to {difference} until the window slides (largest output {run.max_abs_output:.1f})"
 
 
-def warnings(report: Report) -> list[str]:
-    """What is to be doubted in a report; empty if nothing is."""
-    found = []
-    for run in (report, *report["other_backends"]):
-        where = run["backend"]
-        if not run["flops_agree"]:
-            worst = max(result["flops_error"] for result in run["results"].values())
-            found.append(f"{where}: counted operations differ from the formula by up to {worst:.1%}")
-        if not run["cache_bytes_agree"]:
-            found.append(f"{where}: the cache's bytes differ from the formula")
-        spread = run["results"]["cached"]["steady_seconds_per_step_spread"]
-        if spread and spread["three_quarters"] > 1.3 * spread["quarter"]:
-            found.append(f"{where}: the middle half of cached's steps spreads by more than 30 %: a busy machine?")
-    return found
+def warnings(report: Report) -> Iterator[str]:
+    """Reasons to doubt the report."""
+    for run in report.runs:
+        if not run.flops_agree:
+            worst = max(result.flops_error or 0.0 for result in run.results.values())
+            yield f"{run.backend}: counted operations differ from the formula by up to {worst:.1%}"
+        if not run.cache_bytes_agree:
+            yield f"{run.backend}: the cache's bytes differ from the formula"
+        spread = run.results["cached"].steady_seconds_per_step_spread
+        if spread and spread.three_quarters > 1.3 * spread.quarter:
+            yield f"{run.backend}: the middle half of cached's step times spans more than 30 %: is the machine busy?"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a report's file.
+def notes(run: BackendRun) -> Iterator[str]:
+    """How to read the table of costs."""
+    yield (
+        "Steady-state medians; below them the ratio to cached, or the range of cached itself. Chunk: denoising steps "
+        "and cache write. Video: all chunks, without decoding. frames/s: with decoding, if there is an autoencoder. "
+        "MFU: share of the machine's rate in matrix products of the same precision, measured between the steps. "
+        "Context: memory kept between chunks. Peak: context and working memory, without the weights."
+    )
+    if run.max_abs_difference_after_slide is not None:
+        yield (
+            f"After the window slides, cached and recompute differ by {run.max_abs_difference_after_slide:.1e}: a "
+            "recomputed frame no longer sees the frames before the window; a cached one was computed when it did."
+        )
+    if others := [method for method in run.results if not contexts[method].exact]:
+        yield (
+            f"Only the costs of {', '.join(others)} are compared: from the same weights, they generate another video "
+            "than cached."
+        )
 
-    Raises:
-        UserError: it can't be written.
+
+GROWTH_NOTE = (
+    "Exponents e, fitted to the longer half of the lengths. Frames: a whole video of that length (memory: context and "
+    "working memory of a step). Context: one denoising step. –: fewer than three lengths."
+)
+TIME = ("", "step>", "write>", "chunk>", "decode>", "video>", "frames/s>")
+"""Columns of a first table that fits a terminal..."""
+WORK = ("", "FLOPs/step>", "MFU>", "context>", "peak>", "time ∝ framesᵉ>", "FLOPs ∝ framesᵉ>")
+"""...and of a second."""
+
+
+def costs_table(run: BackendRun, size: Units, duration: Units, columns: Sequence[str] = ()) -> Table:
+    """Steady-state costs, see ``notes``.
+
+    Args:
+        run: one backend's.
+        size, duration: format bytes and seconds.
+        columns: which, as far as they were measured; by default all but the exponents.
     """
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    pixels = run.results["cached"].decode_seconds is not None
+
+    def time(seconds: float | None, below: str = "") -> str:
+        return "–" if seconds is None else f"{duration(seconds)}\n{below}".rstrip("\n")
+
+    rows = []
+    for method, result in run.results.items():
+        step, chunk, write = result.steady_seconds_per_step, result.steady_seconds_per_chunk, result.cache_write_seconds
+        per_step, per_chunk = run.speedup_per_step.get(method), run.speedup_per_chunk.get(method)
+        writes = result.cache_write_flops != 0
+        rate, peak = result.steady_frames_per_second, result.peak_memory_above_weights_bytes
+        cells = {
+            "": method,
+            "step>": time(step, _relative(per_step, step, result.steady_seconds_per_step_spread)),
+            "write>": time(write, f"{write / step:.2f} steps") if writes and write and step else "–",
+            "chunk>": time(chunk, _relative(per_chunk, chunk, result.steady_seconds_per_chunk_spread)),
+            "decode>": time(result.decode_seconds),
+            "encode>": time(result.encode_seconds),
+            "video>": time(result.seconds),
+            "first chunk>": time(result.first_chunk_latency_seconds),
+            "frames/s>": f"{rate:.3g}" if rate else "–",
+            "FLOPs/step>": _operations(result.flops_per_step),
+            "MFU>": "–" if result.mfu is None else f"{result.mfu:.0%}",
+            "context>": size(result.context_bytes),
+            "peak>": "–" if peak is None else size(peak),
+        }
+        wanted = [column for column in columns or cells if pixels or column not in ("decode>", "encode>")]
+        growth = run.growth.frames[method]
+        cells["time ∝ framesᵉ>"] = _exponent(growth.seconds_exponent)
+        cells["FLOPs ∝ framesᵉ>"] = _exponent(growth.flops_exponent)
+        rows.append([cells[column] for column in wanted])
+    return wanted, rows
+
+
+def _relative(ratio: float | None, median: float | None, spread: Spread | None) -> str:
+    """The ratio to ``cached``; for ``cached``, the range of its values."""
+    if ratio is not None:
+        return f"{ratio:.2f}×"
+    return f"{spread.min / median - 1:+.0%} {spread.max / median - 1:+.0%}" if median and spread else ""
+
+
+def growth_table(run: BackendRun) -> Table:
+    """Fitted exponents."""
+    costs, lengths = ("time", "FLOPs", "memory"), {"frames": run.growth.frames, "context": run.growth.context_frames}
+    rows = []
+    for method in run.results:
+        curves = [curves[method] for curves in lengths.values()]
+        exponents = [(c.seconds_exponent, c.flops_exponent, c.memory_bytes_exponent) for c in curves]
+        rows.append([method, *map(_exponent, chain(*exponents))])
+    return ["", *(f"{cost} ∝ {length}ᵉ>" for length in lengths for cost in costs)], rows
+
+
+def _exponent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}".replace("-0.00", "0.00")
+
+
+def _operations(count: float) -> str:
+    """For people: 170 G."""
+    for unit in "kMG":
+        count /= 1000
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+    return f"{count / 1000:.3g} T"
 
 
 def as_csv(report: Report) -> str:
-    """A row for every chunk of every contestant, backend and repeat, in seconds, bytes and operations."""
+    """A row for every backend, method, repeat and chunk, in seconds, bytes and operations."""
     out = io.StringIO()
-    columns = ["backend", "context_frames", "contestant", "repeat", "chunk", "first_frame", "seen_frames"]
+    columns = ["backend", "context_frames", "method", "repeat", "chunk", "first_frame", "seen_frames"]
     columns += ["cache_write_seconds", "denoise_seconds", "decode_seconds", "encode_seconds", "total_seconds"]
     columns += ["kept_bytes", "step_flops"]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
-    for run in (report, *report["other_backends"]):
-        for name, result in run["results"].items():
-            for number, repeat in enumerate(result["repeats"]):
-                for chunk, steps in enumerate(repeat["seconds_per_step"]):
-                    write, decode = repeat["write_seconds_per_chunk"][chunk], repeat["decode_seconds_per_chunk"][chunk]
-                    writer.writerow(
-                        [
-                            run["backend"],
-                            run["context_frames"],
-                            name,
-                            number,
-                            chunk,
-                            run["first_frame"] + chunk * report["chunk_frames"],
-                            result["seen_frames_per_chunk"][chunk],
-                            write,
-                            sum(steps),
-                            decode,
-                            repeat["encode_seconds_per_chunk"][chunk],
-                            write + sum(steps) + (decode or 0.0),
-                            result["kept_bytes_per_chunk"][chunk],
-                            result["step_flops_per_chunk"][chunk],
-                        ]
-                    )
+    for run in report.runs:
+        for method, result in run.results.items():
+            for number, repeat in enumerate(result.repeats):
+                for chunk, steps in enumerate(repeat.seconds_per_step):
+                    write, decode = repeat.write_seconds_per_chunk[chunk], repeat.decode_seconds_per_chunk[chunk]
+                    first_frame = run.first_frame + chunk * report.environment.chunk_frames
+                    place = [run.backend, run.context_frames, method, number, chunk, first_frame]
+                    seconds = [write, sum(steps), decode, repeat.encode_seconds_per_chunk[chunk]]
+                    total = write + sum(steps) + (decode or 0.0)
+                    rest = [result.kept_bytes_per_chunk[chunk], result.step_flops_per_chunk[chunk]]
+                    writer.writerow([*place, result.seen_frames_per_chunk[chunk], *seconds, total, *rest])
     return out.getvalue()
 
 
@@ -147,143 +220,37 @@ dt { color: #66707f; } dd { margin: 0; overflow-wrap: anywhere; } p.note { color
 """
 
 
-def as_html(report: Report, svg: str, size: Any, duration: Any) -> str:
+def as_html(report: Report, svg: str, size: Units, duration: Units) -> str:
     """One self-contained page: verdict, plots, tables, machine.
 
     Args:
-        report: what ``bench --json`` prints.
-        svg: the plots, an ``<svg>`` element.
-        size, duration: bytes and seconds as people read them.
+        report: of all backends.
+        svg: the plots, an SVG document.
+        size, duration: format bytes and seconds.
     """
-    body = [f"<h1>ca2vdm bench: {_text(report['preset'])}</h1>", f'<p class="verdict">{_text(report["verdict"])}</p>']
+    title = f"ca2vdm bench: {_text(report.environment.preset)}"
+    body = [f"<h1>{title}</h1>", f'<p class="verdict">{_text(report.verdict)}</p>']
     body += [f'<p class="warning">{_text(line)}</p>' for line in warnings(report)]
-    body.append(f"<figure>{svg}</figure>")
-    for run in (report, *report["other_backends"]):
-        body.append(f"<h2>{_text(run['backend'])}, {run['context_frames']}-frame window</h2>")
+    body.append(f"<figure>{svg[svg.index('<svg') :]}</figure>")
+    for run in report.runs:
+        body.append(f"<h2>{_text(run.backend)}, {run.context_frames}-frame window</h2>")
         body.append(_table(*costs_table(run, size, duration)))
-        notes = [COSTS_NOTE, slide_note(run), OTHER_VIDEOS]
-        body += [f'<p class="note">{_text(line)}</p>' for line in notes if line]
-        body.append(f"<h2>Growth ({_text(run['backend'])})</h2>")
+        body += [f'<p class="note">{_text(line)}</p>' for line in notes(run)]
+        body.append(f"<h2>Growth ({_text(run.backend)})</h2>")
         body.append(_table(*growth_table(run)))
         body.append(f'<p class="note">{_text(GROWTH_NOTE)}</p>')
-    facts = {name: report[name] for name in _FACTS}
-    facts["matrix product rate"] = (
-        f"{report['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s (median of {'×'.join(map(str, report['gemm_shape']))})"
+    values, run = report.as_json(), report.runs[0]
+    facts = {name: values[name] for name in _FACTS}
+    facts["matrix products"] = (
+        f"{run.gemm_flops_per_second / 1e9:.0f} GFLOP/s (median of {'×'.join(map(str, run.gemm_shape))})"
     )
-    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items())
-    body.append(f"<h2>Machine and settings</h2><dl>{rows}</dl>")
+    lines = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items())
+    body.append(f"<h2>Machine and settings</h2><dl>{lines}</dl>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>ca2vdm bench: {_text(report['preset'])}</title><style>{_STYLE}</style></head>\n"
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n"
         f"<body>\n{chr(10).join(body)}\n</body></html>\n"
-    )
-
-
-COSTS_NOTE = (
-    "Medians of the steady state; below them how many times cached's they are, or how far cached's own spread. A "
-    "chunk: denoising steps and cache write. In total: the whole video. frames/s: with decoding, where there is any. "
-    "MFU: share of the machine's rate in matrix products of the same precision, measured in turns. Peak: what is kept "
-    "and what computing takes, without the weights."
-)
-GROWTH_NOTE = (
-    "The exponents e, fitted to the longer half of the lengths. Frames: a whole video of that length (memory: what is "
-    "kept, and a denoising step on top). Context: one denoising step. –: fewer than three lengths."
-)
-
-
-_COSTS = {"time": "seconds", "FLOPs": "flops", "memory": "memory_bytes"}
-
-
-def growth_table(run: Report) -> tuple[list[str], list[list[str]]]:
-    """Fitted exponents: columns (``>`` at the end: numbers) and rows."""
-    lengths = {"frames": "frames", "context_frames": "context"}
-    columns = [f"{cost} ∝ {said}ᵉ>" for said in lengths.values() for cost in _COSTS]
-    rows = [
-        [name, *(_exponent(run["growth"][length][name], cost) for length in lengths for cost in _COSTS)]
-        for name in run["results"]
-    ]
-    return ["", *columns], rows
-
-
-def _operations(count: float) -> str:
-    """As people read them: 170 G."""
-    for unit in "kMGT":
-        count /= 1000
-        if count < 1000 or unit == "T":
-            return f"{count:.3g} {unit}"
-    raise AssertionError
-
-
-def _exponent(curve: Report, cost: str) -> str:
-    exponent = curve[f"{_COSTS[cost]}_exponent"]
-    return "–" if exponent is None else f"{exponent:.2f}".replace("-0.00", "0.00")
-
-
-TIME = ("", "a step>", "write>", "a chunk>", "decode>", "in total>", "frames/s>")
-"""Columns of a first table that fits a terminal..."""
-WORK = ("", "FLOPs a step>", "MFU>", "kept>", "peak>", "time ∝ framesᵉ>", "FLOPs ∝ framesᵉ>")
-"""...and of a second."""
-
-
-def costs_table(
-    run: Report, size: Any, duration: Any, columns: Sequence[str] | None = None
-) -> tuple[list[str], list[list[str]]]:
-    """Costs in the steady state, see ``COSTS_NOTE``: columns and rows; a cell may have a second line.
-
-    Args:
-        run: of one backend.
-        size, duration: bytes and seconds as people read them.
-        columns: which, as far as they were measured; by default all but the exponents.
-    """
-    pixels = run["results"]["cached"]["decode_seconds"] is not None
-
-    def shown(value: float | None, below: str = "") -> str:
-        return "–" if value is None else f"{duration(value)}\n{below}"
-
-    def worth(result: Report, name: str, part: str) -> str:
-        """How many times cached's it is, or for cached itself how far its values spread."""
-        ratio = run[f"speedup_per_{part}"].get(name)
-        if ratio is not None:
-            return f"{ratio:.2f}×"
-        median, spread = result[f"steady_seconds_per_{part}"], result[f"steady_seconds_per_{part}_spread"]
-        if not spread:
-            return ""
-        return f"{spread['min'] / median - 1:+.0%} {spread['max'] / median - 1:+.0%}"
-
-    rows = []
-    for name, result in run["results"].items():
-        step, write = result["steady_seconds_per_step"], result["cache_write_seconds"]
-        cells: dict[str, str | None] = {
-            "": name,
-            "a step>": shown(step, worth(result, name, "step")),
-            "write>": shown(write, f"{write / step:.2f} steps") if name == "cached" and write else "–",
-            "a chunk>": shown(result["steady_seconds_per_chunk"], worth(result, name, "chunk")),
-            "decode>": shown(result["decode_seconds"]) if pixels else None,
-            "encode>": shown(result["encode_seconds"]) if pixels else None,
-            "in total>": shown(result["seconds"]),
-            "first chunk>": shown(result["first_chunk_latency_seconds"]),
-            "frames/s>": "–" if not result["steady_frames_per_second"] else f"{result['steady_frames_per_second']:.3g}",
-            "FLOPs a step>": _operations(result["flops_per_step"]),
-            "MFU>": "–" if result["mfu"] is None else f"{result['mfu']:.0%}",
-            "kept>": size(result["context_bytes"]),
-            "peak>": "–" if result["peak_memory_bytes"] is None else size(result["peak_memory_above_weights_bytes"]),
-        }
-        if columns is not None:
-            growth = run["growth"]["frames"][name]
-            cells |= {f"{word} ∝ framesᵉ>": _exponent(growth, word) for word in ("time", "FLOPs")}
-            cells = {column: cells[column] for column in columns}
-        rows.append({column: cell for column, cell in cells.items() if cell is not None})
-    return list(rows[0]), [[cell.rstrip("\n") for cell in row.values()] for row in rows]
-
-
-def slide_note(run: Report) -> str:
-    """What the drift after the window has slid means; empty where it was not measured."""
-    if run["max_abs_difference_after_slide"] is None:
-        return ""
-    return (
-        f"After the window slides, cached and recompute differ by {run['max_abs_difference_after_slide']:.1e}: a "
-        "recomputed frame has lost the frames before the window, a cached one remembers them."
     )
 
 
@@ -301,7 +268,3 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _text(value: object) -> str:
     return html.escape(str(value))
-
-
-def _listed(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

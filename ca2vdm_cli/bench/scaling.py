@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
 
 @dataclass
 class Curve:
-    """One contestant's costs at growing lengths."""
+    """One method's costs at growing lengths, and the exponent of each cost."""
 
     frames: list[int]
     """Frames of the video, or of the context."""
     seconds: list[float]
-    """In all up to there, or of one denoising step."""
+    """For the video up to that length, or for one denoising step."""
     flops: list[int]
-    """The same in floating-point operations."""
+    """Floating-point operations, likewise."""
     memory_bytes: list[int]
-    """What is kept and what one denoising step takes on top, without the weights."""
+    """Context and the rise in one denoising step, without the weights."""
+    seconds_exponent: float | None = field(init=False)
+    flops_exponent: float | None = field(init=False)
+    memory_bytes_exponent: float | None = field(init=False)
 
-    def as_report(self) -> dict[str, Any]:
-        """The curve, and the exponent of each cost."""
-        exponents = {
-            f"{name}_exponent": fit_exponent(self.frames, getattr(self, name))
-            for name in ("seconds", "flops", "memory_bytes")
-        }
-        return asdict(self) | exponents
+    def __post_init__(self) -> None:
+        self.seconds_exponent = fit_exponent(self.frames, self.seconds)
+        self.flops_exponent = fit_exponent(self.frames, self.flops)
+        self.memory_bytes_exponent = fit_exponent(self.frames, self.memory_bytes)
 
 
 def fit_exponent(lengths: Sequence[float], costs: Sequence[float]) -> float | None:
     """The exponent e of cost ∝ lengthᵉ, by least squares on logarithms over the longer half of the lengths.
 
-    What a video costs in its first chunks says little about how it goes on. None for fewer than three lengths.
+    The cost of the first chunks says little about the trend. None for fewer than three lengths.
     """
     points = sorted((x, y) for x, y in zip(lengths, costs, strict=True) if x > 0 and y > 0)
     points = points[-max(3, (len(points) + 1) // 2) :]

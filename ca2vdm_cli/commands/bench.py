@@ -1,183 +1,106 @@
-"""``bench``: what the cache gains."""
+"""``bench``: measure what the cache gains."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ca2vdm_cli.bench.benchmark import Settings, add_autoencoder, count_chunks, environment, run_bench
-from ca2vdm_cli.bench.plots import as_svg, require_matplotlib, save_png
-from ca2vdm_cli.bench.report import (
-    COSTS_NOTE,
-    OTHER_VIDEOS,
-    TIME,
-    WORK,
-    as_csv,
-    as_html,
-    costs_table,
-    slide_note,
-    verdict,
-    warnings,
-    write_text,
-)
+from ca2vdm_cli.bench.plots import draw, require_matplotlib
+from ca2vdm_cli.bench.report import TIME, WORK, as_csv, as_html, costs_table, notes, verdict, warnings
+from ca2vdm_cli.bench.results import BackendRun, Report
 from ca2vdm_cli.config import TemporalPositions
-from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.generate.context import contexts
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.pipeline import Pipeline, find_weights
 from ca2vdm_cli.plugins import choose_backend
 from ca2vdm_cli.terminal import ProgressBar, duration, note, output_console, print_json, size, table
 
+FORMATS: dict[str, Callable[[Report], bytes]] = {
+    ".html": lambda report: as_html(report, draw(report.runs[0], "svg").decode(), size, duration).encode(),
+    ".json": lambda report: json.dumps(report.as_json(), indent=1).encode() + b"\n",
+    ".csv": lambda report: as_csv(report).encode(),
+    ".png": lambda report: draw(report.runs[0], "png"),
+    ".svg": lambda report: draw(report.runs[0], "svg"),
+    ".pdf": lambda report: draw(report.runs[0], "pdf"),
+}
+"""What ``--output`` writes, by suffix."""
 
-@dataclass(frozen=True)
-class Request:
-    """The flags."""
 
-    compare: str
-    preset: str | None
-    checkpoint: Path | None
-    frames: int | None
-    context_frames: str | None
-    fixed_window: int | None
-    steps: int | None
-    sampler: str | None
-    seed: int
-    repeat: int
-    backend: str
-    device: str
-    dtype: str
-    overrides: list[str]
-    json: str | None
-    csv: Path | None
-    html: Path | None
-    plot: Path | None
-    quiet: bool
+def run(
+    *,
+    compare: str,
+    preset: str | None,
+    checkpoint: Path | None,
+    frames: int | None,
+    context_frames: str | None,
+    fixed_window: int | None,
+    steps: int | None,
+    sampler: str | None,
+    seed: int,
+    repeat: int,
+    backend: str,
+    device: str,
+    dtype: str,
+    overrides: list[str],
+    outputs: list[Path],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure and report."""
+    windows = _windows(context_frames)
+    settings = Settings(
+        baselines=parse_baselines(compare),
+        frames=frames,
+        context_frames=windows,
+        fixed_frames=fixed_window,
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        repeat=repeat,
+    )
+    _check_outputs(outputs)
+    overrides = [*overrides, *_longer_table(preset, checkpoint, overrides, windows)]
 
-    def settings(self) -> Settings:
-        """What they ask to measure."""
-        return Settings(
-            opponents=_opponents(self.compare),
-            frames=self.frames,
-            context_frames=_windows(self.context_frames),
-            fixed_frames=self.fixed_window,
-            steps=self.steps,
-            sampler=self.sampler,
-            seed=self.seed,
-            repeat=self.repeat,
-        )
-
-    def load(self, backend: str, windows: tuple[int, ...]) -> Pipeline:
-        """The model on one of the backends."""
-        return Pipeline.load(
-            self.preset,
-            checkpoint=self.checkpoint,
-            overrides=[*self.overrides, *self._longer_table(windows)],
-            backend=backend,
-            device=self.device,
-            dtype=self.dtype,
+    backends = tuple(dict.fromkeys(_split(backend, "--backend")))
+    runs: list[BackendRun] = []
+    for name in backends:
+        pipeline = Pipeline.load(
+            preset,
+            checkpoint=checkpoint,
+            overrides=overrides,
+            backend=name,
+            device=device,
+            dtype=dtype,
             random_weights=True,
             pixels=False,
-            seed=self.seed,
+            seed=seed,
         )
-
-    def _longer_table(self, windows: tuple[int, ...]) -> list[str]:
-        """Random weights are used to no positions, so the table may grow with the longest window."""
-        loaded, weights = find_weights(self.preset, self.checkpoint, self.overrides)
-        model = loaded.config.model
-        needed = max(windows, default=0) + model.chunk_frames
-        if weights is not None or model.temporal_positions is TemporalPositions.ROPE or needed <= model.table_length:
-            return []
-        return [f"model.position_table={needed}"]
-
-
-def run(request: Request) -> None:
-    """Measure and report."""
-    settings = request.settings()
-    files = [Path(request.json)] if request.json not in (None, "-") else []
-    files += [path for path in (request.csv, request.html, request.plot) if path is not None]
-    for path in files:
-        if not path.parent.is_dir():
-            raise UsageError(f"{path}: there is no folder {path.parent}")
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UsageError(f"{path}: can't be written; choose another file")
-    if request.html is not None or request.plot is not None:
-        require_matplotlib()
-
-    parts: list[dict[str, Any]] = []
-    report: dict[str, Any] = {}
-    names = tuple(dict.fromkeys(_listed(request.backend, "--backend")))
-    for name in names:
-        pipeline = request.load(name, settings.context_frames)
-        if not parts:  # before anything is measured, what would be refused later
-            for other in names:
+        if not runs:  # refuse before the first backend is measured what a later one would refuse
+            for other in backends:
                 choose_backend(other, pipeline.model.device, pipeline.model.dtype)
-            for window in settings.context_frames:
+            for window in windows:
                 TemporalWindow(pipeline.config.model, window)
-        add_autoencoder(pipeline)
-        chunks = count_chunks(pipeline, settings)
-        report = report or environment(pipeline)
-        title = f"benchmark, {pipeline.backend.name}"
-        with ProgressBar(title, chunks, chunks, quiet=request.quiet, unit="chunks") as bar:
-            done = iter(range(1, chunks + 1))
-            parts.append(
-                run_bench(pipeline, settings, on_chunk=lambda _, bar=bar, done=done: bar.advance(finished=next(done)))  # type: ignore[misc]
-            )
-    report |= parts[0] | {"other_backends": parts[1:]}
-    report = {"verdict": verdict(report), **report}
-    _write(request, report)
-    if request.json == "-":
-        print_json(report)
+            machine = environment(pipeline)
+        runs.append(_measure(pipeline, settings, quiet=quiet))
+    report = Report(verdict(runs[0]), machine, runs)
+    for path in outputs:
+        _write(path, FORMATS[path.suffix.lower()](report))
+    if as_json:
+        print_json(report.as_json())
     else:
         _print(report)
-    for path in files:
-        note(f"→ {path}", quiet=request.quiet)
+    for path in outputs:
+        note(f"→ {path}", quiet=quiet)
 
 
-def _write(request: Request, report: dict[str, Any]) -> None:
-    if request.json not in (None, "-"):
-        write_text(Path(request.json), json.dumps(report, indent=1) + "\n")
-    if request.csv is not None:
-        write_text(request.csv, as_csv(report))
-    if request.html is not None:
-        write_text(request.html, as_html(report, as_svg(report), size, duration))
-    if request.plot is not None:
-        save_png(report, request.plot)
-
-
-def _print(report: dict[str, Any]) -> None:
-    out = output_console()
-    weights = "trained weights" if report["trained"] else "random weights"
-    steps = f"{report['steps']} step{'' if report['steps'] == 1 else 's'}"
-    style = "bold red" if report["outputs_agree"] is False else "bold"
-    out.print(report["verdict"], style=style, markup=False)
-    out.print(
-        f"{report['preset']} ({weights}) on {report['device']} in {report['dtype']}, "
-        f"{report['frames']} frames in chunks of {report['chunk_frames']}, {steps}, "
-        f"{report['tokens_per_frame']} tokens a frame, weights {size(report['weights_bytes'])}, "
-        f"matrix products at {report['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s",
-        markup=False,
-    )
-    for run in (report, *report["other_backends"]):
-        out.print()
-        for wanted in (TIME, WORK):
-            columns, rows = costs_table(run, size, duration, wanted)
-            out.print(table([run["backend"], *columns[1:]], rows))
-            out.print()
-    for line in filter(None, [COSTS_NOTE, slide_note(report), OTHER_VIDEOS if _other_videos(report) else ""]):
-        out.print(line, markup=False)
-    for line in warnings(report):
-        out.print(f"[yellow]warning:[/] {line}")
-
-
-def _other_videos(report: dict[str, Any]) -> bool:
-    return any(not contexts[name].exact for name in report["results"])
-
-
-def _opponents(compare: str) -> tuple[str, ...]:
-    names = dict.fromkeys(_listed(compare, "--compare"))
+def parse_baselines(compare: str) -> tuple[str, ...]:
+    """The contexts that ``--compare`` names; ``cached`` is always there and not one of them."""
+    names = dict.fromkeys(_split(compare, "--compare"))
     for name in names:
         contexts.check(name, "--compare")
     return tuple(name for name in names if name != "cached")
@@ -186,14 +109,79 @@ def _opponents(compare: str) -> tuple[str, ...]:
 def _windows(text: str | None) -> tuple[int, ...]:
     if text is None:
         return ()
-    parts = _listed(text, "--context-frames")
+    parts = _split(text, "--context-frames")
     if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         raise UsageError(f"--context-frames {text}: must be a number of frames, or several such as 25,9,57")
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def _listed(text: str, flag: str) -> list[str]:
+def _split(text: str, flag: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise UsageError(f"{flag} {text}: an entry is empty")
     return parts
+
+
+def _longer_table(
+    preset: str | None, checkpoint: Path | None, overrides: list[str], windows: tuple[int, ...]
+) -> list[str]:
+    """Random weights were trained on no positions, so the position table may grow to fit the longest window."""
+    loaded, weights = find_weights(preset, checkpoint, overrides)
+    model = loaded.config.model
+    needed = max(windows, default=0) + model.chunk_frames
+    if weights is not None or model.temporal_positions is TemporalPositions.ROPE or needed <= model.table_length:
+        return []
+    return [f"model.position_table={needed}"]
+
+
+def _check_outputs(outputs: list[Path]) -> None:
+    """Refuse before the benchmark what could not be written after it."""
+    for path in outputs:
+        suffix = path.suffix.lower()
+        if suffix not in FORMATS:
+            *others, last = FORMATS
+            raise UsageError(f"-o {path}: the suffix must be {', '.join(others)} or {last}")
+        if not path.parent.is_dir():
+            raise UsageError(f"-o {path}: there is no folder {path.parent}")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"-o {path}: can't be written; choose another file")
+        if suffix not in (".json", ".csv"):
+            require_matplotlib()
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _measure(pipeline: Pipeline, settings: Settings, *, quiet: bool) -> BackendRun:
+    add_autoencoder(pipeline)
+    chunks = count_chunks(pipeline, settings)
+    finished = itertools.count(1)
+    with ProgressBar(f"benchmark, {pipeline.backend.name}", chunks, chunks, quiet=quiet, unit="chunks") as bar:
+        return run_bench(pipeline, settings, lambda _: bar.advance(finished=next(finished)))
+
+
+def _print(report: Report) -> None:
+    out, machine, first = output_console(), report.environment, report.runs[0]
+    weights = "trained weights" if machine.trained else "random weights"
+    steps = f"{first.steps} step{'' if first.steps == 1 else 's'}"
+    out.print(report.verdict, style="bold red" if first.outputs_agree is False else "bold", markup=False)
+    out.print(
+        f"{machine.preset} ({weights}) on {machine.device} in {machine.dtype}, {first.frames} frames in chunks of "
+        f"{machine.chunk_frames}, {steps}, {machine.tokens_per_frame} tokens per frame, weights "
+        f"{size(machine.weights_bytes)}, matrix products at {first.gemm_flops_per_second / 1e9:.0f} GFLOP/s",
+        markup=False,
+    )
+    for run in report.runs:
+        out.print()
+        for wanted in (TIME, WORK):
+            columns, rows = costs_table(run, size, duration, wanted)
+            out.print(table([run.backend, *columns[1:]], rows))
+            out.print()
+    for line in notes(first):
+        out.print(line, markup=False)
+    for line in warnings(report):
+        out.print(f"[yellow]warning:[/] {line}")

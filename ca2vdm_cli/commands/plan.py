@@ -1,4 +1,4 @@
-"""``plan``: what a run will take, before it is run."""
+"""``plan``: estimate what a video will take before it is generated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ca2vdm_cli.bench.estimate import Request, estimate
+from ca2vdm_cli.bench.estimate import Workload, estimate
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.pipeline import find_weights
 from ca2vdm_cli.plugins import choose_backend
@@ -20,6 +20,7 @@ _UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", start=1)}
 
 
 def run(
+    *,
     preset: str | None,
     checkpoint: Path | None,
     frames: int | None,
@@ -31,19 +32,18 @@ def run(
     device: str,
     dtype: str,
     overrides: list[str],
-    *,
     as_json: bool,
 ) -> None:
-    """Predict and report."""
+    """Estimate and report."""
     loaded, weights = find_weights(preset, checkpoint, overrides)
-    where = resolve_device(device)
-    number = resolve_dtype(Dtype(dtype), where)
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(Dtype(dtype), torch_device)
     sampling = loaded.config.sampling
-    request = Request(
+    workload = Workload(
         loaded,
-        choose_backend(backend, where, number),
-        where,
-        number,
+        choose_backend(backend, torch_device, torch_dtype),
+        torch_device,
+        torch_dtype,
         frames=frames or sampling.frames,
         steps=steps or sampling.steps,
         sampler=sampler or sampling.sampler,
@@ -52,7 +52,7 @@ def run(
         weights_file_bytes=0 if weights is None else weights.stat().st_size,
     )
     with status("measuring the machine"):
-        report = estimate(request)
+        report = estimate(workload)
     if as_json:
         print_json(report)
     else:
@@ -68,37 +68,36 @@ def _bytes(text: str) -> int:
 
 def _print(report: dict[str, Any]) -> None:
     out = output_console()
-    verdict = (
-        f"{report['frames']} frames in about {duration(report['seconds'])} and {size(report['peak_memory_bytes'])}"
-    )
-    out.print(f"[bold]{verdict} of memory[/]" + ("" if report["fits"] else " [bold red]that is not available[/]"))
+    time, memory = duration(report["seconds"]), size(report["peak_memory_bytes"])
+    fits = "" if report["fits"] else ", [red]more than is available[/]"
+    out.print(f"[bold]{report['frames']} frames in about {time}, with a peak of {memory} of memory{fits}[/]")
     out.print(
         f"{report['preset']}, cached, {report['sampler']} × {report['steps']} steps, {report['context_frames']}-frame "
         f"window, {report['backend']} on {report['device']} in {report['dtype']}",
         style="dim",
         markup=False,
     )
-    time = [
-        f"{duration(report['seconds_per_step'])} a step",
-        f"{duration(report['cache_write_seconds'])} a cache write",
-        f"{duration(report['seconds_per_chunk'])} a chunk",
+    times = [
+        f"{duration(report['seconds_per_step'])} per step",
+        f"{duration(report['cache_write_seconds'])} per cache write",
+        f"{duration(report['seconds_per_chunk'])} per chunk",
         f"first chunk after {duration(report['first_chunk_seconds'])}",
         f"{report['frames_per_second']:.3g} frames/s",
     ]
-    memory = [
+    parts = [
         f"cache {size(report['cache_bytes'])}",
         f"weights {size(report['weights_bytes'])}",
-        f"computing {size(max(report[f'{part}_rise_bytes'] for part in ('step', 'write', 'decode')))}",
+        f"working memory {size(max(report[f'{part}_rise_bytes'] for part in ('step', 'write', 'decode')))}",
         f"process {size(report['process_bytes'])}",
     ]
     rows = [
-        ["time", ", ".join(time)],
-        ["memory", ", ".join(memory)],
-        ["operations", f"{report['flops'] / 1e12:.3g} TFLOP, {report['flops_per_step'] / 1e9:.3g} GFLOP a step"],
+        ["time", ", ".join(times)],
+        ["memory", ", ".join(parts)],
+        ["operations", f"{report['flops'] / 1e12:.3g} TFLOP, {report['flops_per_step'] / 1e9:.3g} GFLOP per step"],
         ["window", _window(report)],
     ]
     if report["left_out"]:
-        rows.append(["left out", ", ".join(report["left_out"])])
+        rows.append(["not included", ", ".join(report["left_out"])])
     lines = Table.grid(padding=(0, 2))
     for name, text in rows:
         lines.add_row(f"  {name}", text)
@@ -111,8 +110,8 @@ def _window(report: dict[str, Any]) -> str:
     if fits is not None:
         parts.append(f"a cache of {size(report['cache_budget_bytes'])} holds {fits} frames")
     if longest is not None:
-        parts.append(f"the model's positions reach {longest}")
-    proposal = report["largest_window"]
-    if proposal is not None:
-        parts.append(f"--context-frames {proposal} is the most" if proposal else "too little for any window")
+        parts.append(f"the model's positions allow {longest}")
+    largest = report["largest_window"]
+    if largest is not None:
+        parts.append(f"at most --context-frames {largest}" if largest else "too little for any window")
     return ", ".join(parts)

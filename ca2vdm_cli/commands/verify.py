@@ -2,74 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ca2vdm_cli.bench.reference import RecordedRun
-from ca2vdm_cli.bench.verify import RUN_TOLERANCE, STEP_TOLERANCE, agree, verify_strategies
+from ca2vdm_cli.bench.verify import RUN_TOLERANCE, tolerance, verify_methods
 from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.generate.context import contexts
 from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.plugins import choose_backend
 from ca2vdm_cli.runtime import Dtype, resolve_device, resolve_dtype
 from ca2vdm_cli.terminal import note, output_console, print_json, status, table
 
+from .bench import parse_baselines
+
 
 def run(
+    *,
     preset: str | None,
     checkpoint: Path | None,
     recorded: Path | None,
+    compare: str | None,
     steps: int | None,
     seed: int,
     backend: str,
     device: str,
     dtype: str,
     overrides: list[str],
-    *,
     as_json: bool,
 ) -> int:
     """Check, print each difference, and return 0 if all are within tolerance, else 1."""
     if recorded is not None:
-        if preset is not None or checkpoint is not None or overrides:
-            raise UsageError("--recorded: the file carries its own weights; leave out --preset, --checkpoint, --set")
-        return _recorded(recorded, backend, device, dtype, as_json)
-    return _strategies(preset, checkpoint, steps, seed, backend, device, dtype, overrides, as_json)
-
-
-def _recorded(path: Path, backend: str, device: str, dtype: str, as_json: bool) -> int:
-    where = resolve_device(device)
-    number = resolve_dtype(Dtype(dtype), where)
-    run = RecordedRun(path)
-    chosen = choose_backend(backend, where, number)
-    with status("verifying"):
-        compared = list(run.compare(run.model(chosen, where, number)))
-    if not compared:
-        raise UsageError(f"{path}: has no expected.* tensors, so there is nothing to check")
-    results = [
-        {
-            "tensor": c.name,
-            "max_abs_difference": c.difference,
-            "tolerance": RUN_TOLERANCE[number],
-            "ok": c.difference <= RUN_TOLERANCE[number],
-            "per_chunk": list(c.per_chunk),
-        }
-        for c in compared
-    ]
-    return _finish(str(path), chosen.name, where, number, results, as_json)
-
-
-def _strategies(
-    preset: str | None,
-    checkpoint: Path | None,
-    steps: int | None,
-    seed: int,
-    backend: str,
-    device: str,
-    dtype: str,
-    overrides: list[str],
-    as_json: bool,
-) -> int:
+        if preset is not None or checkpoint is not None or compare is not None or overrides:
+            raise UsageError(
+                "--recorded: the file has its own weights; leave out --preset, --checkpoint, --compare and --set"
+            )
+        return _recorded(recorded, backend=backend, device=device, dtype=dtype, as_json=as_json)
+    baselines = _exact_baselines(compare or "recompute")
     pipeline = Pipeline.load(
         preset,
         checkpoint=checkpoint,
@@ -81,60 +52,82 @@ def _strategies(
         pixels=False,
         seed=seed,
     )
-    number = pipeline.model.dtype
-    results = []
+    return _own_weights(pipeline, baselines, steps=steps, seed=seed, as_json=as_json)
+
+
+def _exact_baselines(compare: str) -> tuple[str, ...]:
+    baselines = parse_baselines(compare)
+    if not baselines:
+        raise UsageError(f"--compare {compare}: name at least one context to compare with cached")
+    for name in baselines:
+        if not contexts[name].exact:
+            raise UsageError(f"--compare {name}: its outputs are not meant to equal those of cached; leave it out")
+    return baselines
+
+
+@dataclass
+class _Check:
+    """One tensor against what it should equal."""
+
+    tensor: str
+    method: str | None
+    """The baseline that is compared with ``cached``; None for recorded runs."""
+    max_abs_difference: float
+    tolerance: float | None
+    """None after the window has slid: outputs then drift apart."""
+    per_chunk: tuple[float, ...] = ()
+    """Recorded videos: the largest difference in each chunk."""
+    ok: bool | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ok = None if self.tolerance is None else self.max_abs_difference <= self.tolerance
+
+    def __str__(self) -> str:
+        return f"{self.tensor} ({self.method})" if self.method else self.tensor
+
+
+def _recorded(path: Path, *, backend: str, device: str, dtype: str, as_json: bool) -> int:
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(Dtype(dtype), torch_device)
+    recording = RecordedRun(path)
+    chosen = choose_backend(backend, torch_device, torch_dtype)
     with status("verifying"):
-        rows = list(verify_strategies(pipeline, steps=steps, seed=seed))
-    for row in rows:
-        end = row.first_frame + pipeline.config.model.chunk_frames - 1
-        allowed = STEP_TOLERANCE[number] * row.scale if row.before_slide else None
-        results.append(
-            {
-                "tensor": f"frames {row.first_frame}–{end}",
-                "max_abs_difference": row.difference,
-                "tolerance": allowed,
-                "ok": agree(row, number) if row.before_slide else None,
-                "per_chunk": [],
-            }
-        )
-    name = pipeline.preset.name + ("" if pipeline.trained else " (random weights)")
-    return _finish(name, pipeline.backend.name, pipeline.model.device, number, results, as_json)
+        comparisons = list(recording.compare(recording.model(chosen, torch_device, torch_dtype)))
+    if not comparisons:
+        raise UsageError(f"{path}: has no expected.* tensors, so there is nothing to check")
+    checks = [_Check(c.name, None, c.difference, RUN_TOLERANCE[torch_dtype], c.per_chunk) for c in comparisons]
+    return _finish(str(path), chosen.name, torch_device, torch_dtype, checks, as_json=as_json)
+
+
+def _own_weights(pipeline: Pipeline, baselines: tuple[str, ...], *, steps: int | None, seed: int, as_json: bool) -> int:
+    dtype, checks = pipeline.model.dtype, []
+    with status("verifying"):
+        chunks = list(verify_methods(pipeline, baselines, steps=steps, seed=seed))
+    for chunk in chunks:
+        tensor = f"frames {chunk.first_frame}–{chunk.first_frame + pipeline.config.model.chunk_frames - 1}"
+        allowed = tolerance(chunk, dtype) if chunk.before_slide else None
+        checks += [_Check(tensor, method, difference, allowed) for method, difference in chunk.differences.items()]
+    source = pipeline.preset.name + ("" if pipeline.trained else " (random weights)")
+    return _finish(source, pipeline.backend.name, pipeline.model.device, dtype, checks, as_json=as_json)
 
 
 def _finish(
-    source: str,
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    results: list[dict[str, Any]],
-    as_json: bool,
+    source: str, backend: str, device: torch.device, dtype: torch.dtype, checks: list[_Check], *, as_json: bool
 ) -> int:
-    failed = [r["tensor"] for r in results if r["ok"] is False]
-    kind = str(dtype).removeprefix("torch.")
+    failed = [str(check) for check in checks if check.ok is False]
+    dtype_name = str(dtype).removeprefix("torch.")
     if as_json:
-        print_json(
-            {
-                "source": source,
-                "backend": backend,
-                "device": str(device),
-                "dtype": kind,
-                "ok": not failed,
-                "results": results,
-            }
-        )
+        report = {"source": source, "backend": backend, "device": str(device), "dtype": dtype_name, "ok": not failed}
+        print_json(report | {"results": [asdict(check) for check in checks]})
         return int(bool(failed))
     rows = []
-    for r in results:
-        verdict = {True: "[green]equal[/]", False: "[bold red]differs[/]", None: "drift: the window has slid"}[r["ok"]]
-        per_chunk = "  ".join(f"{d:.0e}" for d in r["per_chunk"])
-        allowed = "–" if r["tolerance"] is None else f"{r['tolerance']:.1e}"
-        rows.append([r["tensor"], f"{r['max_abs_difference']:.2e}", allowed, verdict, per_chunk])
-    columns = ["", "difference>", "allowed>", ""]
-    with_chunks = any(r["per_chunk"] for r in results)
-    output_console().print(
-        table([*columns, "by chunk"] if with_chunks else columns, rows if with_chunks else [row[:4] for row in rows])
-    )
-    note(
-        f"{source}: {backend} on {device} in {kind}: {'all equal' if not failed else 'NOT EQUAL: ' + ', '.join(failed)}"
-    )
+    for check in checks:
+        outcome = {True: "[green]equal[/]", False: "[bold red]differs[/]", None: "drift: the window has slid"}[check.ok]
+        per_chunk = "  ".join(f"{difference:.0e}" for difference in check.per_chunk)
+        allowed = "–" if check.tolerance is None else f"{check.tolerance:.1e}"
+        rows.append([str(check), f"{check.max_abs_difference:.2e}", allowed, outcome, per_chunk])
+    columns = ["", "difference>", "allowed>", "", *(["by chunk"] if any(check.per_chunk for check in checks) else [])]
+    output_console().print(table(columns, [row[: len(columns)] for row in rows]))
+    outcome = "all equal" if not failed else f"NOT EQUAL: {', '.join(failed)}"
+    note(f"{source}: {backend} on {device} in {dtype_name}: {outcome}")
     return int(bool(failed))
