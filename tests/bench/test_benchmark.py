@@ -1,4 +1,4 @@
-"""The benchmark: what its numbers are made of, what it says of them, and the files it writes."""
+"""The benchmark: what its figures consist of, what the verdict says, and the files it writes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ from ca2vdm_cli.__main__ import main
 from ca2vdm_cli.bench import benchmark as bench
 from ca2vdm_cli.bench.baselines import ExtendableContext
 from ca2vdm_cli.bench.report import verdict
+from ca2vdm_cli.bench.results import Environment
+from ca2vdm_cli.commands.bench import FORMATS
 from ca2vdm_cli.generate.context import contexts
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
+from ca2vdm_cli.pipeline import Pipeline
 
 WINDOW, CHUNK, STEPS = 9, 4, 2  # of the tiny preset
 CHUNKS = 5  # two past the window
@@ -34,19 +39,19 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every file of one run of all contestants, made twice, at three windows."""
+    """A folder with every file of one run: all methods, two repeats, three windows, two backends."""
     folder = tmp_path_factory.mktemp("bench")
-    files = [part for kind in ("json", "csv", "html") for part in (f"--{kind}", str(folder / f"out.{kind}"))]
-    request = ["--compare", ALL, "--context-frames", "9,5,13", "--repeat", "2", "--backend", "sdpa,eager"]
-    assert main([*TINY, *request, *files, "--plot", str(folder / "out.png"), "-q"]) == 0
+    files = [part for suffix in FORMATS for part in ("-o", str(folder / f"out{suffix}"))]
+    arguments = ["--compare", ALL, "--context-frames", "9,5,13", "--repeat", "2", "--backend", "sdpa,eager"]
+    assert main([*TINY, *arguments, *files, "-q"]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def report(written: Path) -> dict[str, Any]:
-    """What the run's JSON says."""
-    found: dict[str, Any] = json.loads((written / "out.json").read_text())
-    return found
+    """The run's JSON."""
+    loaded: dict[str, Any] = json.loads((written / "out.json").read_text())
+    return loaded
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
@@ -54,7 +59,25 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_every_contestant_is_measured(report: dict[str, Any]) -> None:
+def test_keys_are_those_that_scripts_rely_on(report: dict[str, Any]) -> None:
+    def keys(value: Any, path: str = "") -> Iterator[str]:
+        """Paths to all values; methods are ``*``, and lists of objects end in ``[]``."""
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from keys(part, f"{path}.{'*' if key in report['results'] else key}".lstrip("."))
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for part in value:
+                yield from keys(part, f"{path}[]")
+        else:
+            yield path
+
+    recorded = set((Path(__file__).parent / "report_keys.txt").read_text().split())
+    others = report["other_backends"]
+    assert set(keys({key: value for key, value in report.items() if key != "other_backends"})) == recorded
+    assert set(keys(others[0])) == recorded - {"verdict", *(field.name for field in fields(Environment))}
+
+
+def test_every_method_is_measured(report: dict[str, Any]) -> None:
     assert list(report["results"]) == ["cached", *ALL.split(",")]
     for result in report["results"].values():
         assert result["steady_chunks"] == 2 * (CHUNKS - 3)
@@ -70,7 +93,7 @@ def test_every_contestant_is_measured(report: dict[str, Any]) -> None:
             assert spread["min"] <= spread["quarter"] <= median <= spread["three_quarters"] <= spread["max"]
 
 
-def test_every_raw_number_is_there(report: dict[str, Any]) -> None:
+def test_all_raw_times_are_in_the_report(report: dict[str, Any]) -> None:
     for result in report["results"].values():
         assert len(result["repeats"]) == 2
         for repeat in result["repeats"]:
@@ -90,7 +113,7 @@ def test_ratios_are_of_the_medians(report: dict[str, Any]) -> None:
     assert report["speedup"] == report["speedup_per_chunk"]["recompute"]
 
 
-def test_what_is_known_about_the_run(report: dict[str, Any]) -> None:
+def test_report_describes_machine_and_settings(report: dict[str, Any]) -> None:
     for name in ("version", "torch", "numpy", "python", "processor", "platform", "threads", "date", "seed"):
         assert report[name] not in (None, "")
     assert re.fullmatch("[0-9a-f]{64}", report["preset_sha256"])
@@ -98,7 +121,7 @@ def test_what_is_known_about_the_run(report: dict[str, Any]) -> None:
     assert report["fixed_window_frames"] == CHUNK
 
 
-def test_preset_hash_follows_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_preset_hash_depends_on_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--compare", "cached", "--frames", "4"]
     first, same = (run(capsys, *short)["preset_sha256"] for _ in range(2))
     other = run(capsys, *short, "--set", "model.mlp_ratio=3")["preset_sha256"]
@@ -106,9 +129,9 @@ def test_preset_hash_follows_its_settings(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_counted_operations_and_bytes_agree_with_the_formulas(report: dict[str, Any]) -> None:
-    for one in (report, *report["other_backends"]):
-        assert one["flops_agree"] is True and one["cache_bytes_agree"] is True
-        for result in one["results"].values():
+    for run in (report, *report["other_backends"]):
+        assert run["flops_agree"] is True and run["cache_bytes_agree"] is True
+        for result in run["results"].values():
             assert result["flops_per_step"] == result["flops_per_step_by_formula"] > 0
             assert result["cache_write_flops"] == result["cache_write_flops_by_formula"]
             assert result["cache_bytes"] == result["cache_bytes_by_formula"]
@@ -117,7 +140,7 @@ def test_counted_operations_and_bytes_agree_with_the_formulas(report: dict[str, 
     assert report["results"]["per-step-cache"]["cache_bytes"] == STEPS * cached["cache_bytes"]
 
 
-def test_what_each_contestant_sees(report: dict[str, Any]) -> None:
+def test_frames_that_each_method_sees(report: dict[str, Any]) -> None:
     seen = {name: result["seen_frames_per_chunk"] for name, result in report["results"].items()}
     windowed, all_ = [0, 4, 8, 9, 9], [0, 4, 8, 12, 16]
     assert seen["cached"] == seen["recompute"] == seen["per-step-cache"] == windowed
@@ -134,9 +157,9 @@ def test_exactness_of_the_same_run(report: dict[str, Any]) -> None:
 
 
 def test_growth_with_frames(capsys: pytest.CaptureFixture[str]) -> None:
-    """By operations, which no busy machine changes: a growing context makes a video quadratic, the cache linear."""
-    request = ["--compare", ALL, "--frames", "96", "--steps", "1", "--set", "model.depth=3"]
-    growth = run(capsys, *request)["growth"]["frames"]
+    """Counted in operations, on which other work has no effect: a growing context is quadratic, the cache linear."""
+    arguments = ["--compare", ALL, "--frames", "96", "--steps", "1", "--set", "model.depth=3"]
+    growth = run(capsys, *arguments)["growth"]["frames"]
     exponents = {name: curve["flops_exponent"] for name, curve in growth.items()}
     assert all(len(curve["frames"]) == len(curve["seconds"]) == 24 for curve in growth.values())
     for name in ("recompute-extendable", "bidirectional"):
@@ -156,7 +179,7 @@ def test_growth_with_context(report: dict[str, Any]) -> None:
 
 
 def test_window_longer_than_the_position_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Random weights are used to no positions, so the table grows; trained weights keep theirs."""
+    """Random weights were trained on no positions, so the table grows; trained weights keep theirs."""
     assert run(capsys, "--context-frames", "20", "--frames", "4")["context_frames"] == 20
     assert main(["train", "--preset", "tiny", "--steps", "1", "--out", "run", "-q", "--device", "cpu"]) == 0
     assert main([*TINY[:1], "--preset", "run", "--context-frames", "20"]) == 2
@@ -197,12 +220,15 @@ def test_drift_is_that_of_a_recomputed_window(capsys: pytest.CaptureFixture[str]
     assert run(capsys, "--compare", "recompute-extendable")["max_abs_difference_after_slide"] is None
 
 
-def test_verdict_says_what_is_slower_and_what_differs(report: dict[str, Any]) -> None:
-    changed = report | {
-        "speedup_per_chunk": {"recompute": 4.034, "bidirectional": 5.0, "per-step-cache": 0.8},
-        "max_abs_difference_before_slide": 0.25,
-        "outputs_agree": False,
-    }
+def test_verdict_says_what_is_slower_and_what_differs() -> None:
+    pipeline = Pipeline.load("tiny", random_weights=True, pixels=False, device="cpu", dtype="float32")
+    settings = bench.Settings(baselines=("per-step-cache",), frames=4, steps=STEPS)
+    changed = replace(
+        bench.run_bench(pipeline, settings),
+        speedup_per_chunk={"recompute": 4.034, "bidirectional": 5.0, "per-step-cache": 0.8},
+        max_abs_difference_before_slide=0.25,
+        outputs_agree=False,
+    )
     assert verdict(changed) == (
         "cached is 4.03× faster than recompute, 5.00× than bidirectional and 1.25× slower than per-step-cache at a "
         "9-frame window and 2 steps a chunk; 2× less cache memory than per-step-cache; outputs DIFFER by 2.5e-01 "
@@ -213,7 +239,7 @@ def test_verdict_says_what_is_slower_and_what_differs(report: dict[str, Any]) ->
 def test_work_that_the_formula_leaves_out_is_noticed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An opponent that does more than it has to: its frames go through a matrix product that changes nothing."""
+    """A baseline that does more than it has to: its frames go through a matrix product that changes nothing."""
     predict = ExtendableContext.predict
 
     def wasteful(context: ExtendableContext, x: Tensor, timestep: Tensor) -> Tensor:
@@ -221,7 +247,7 @@ def test_work_that_the_formula_leaves_out_is_noticed(
         return predict(context, x, timestep) + 0 * (identity @ identity).sum()
 
     monkeypatch.setattr(ExtendableContext, "predict", wasteful)
-    assert main([*TINY, "--compare", "bidirectional", "--frames", "8", "--json", "out.json"]) == 0
+    assert main([*TINY, "--compare", "bidirectional", "--frames", "8", "-o", "out.json"]) == 0
     assert "warning: sdpa: counted operations differ from the formula by up to" in capsys.readouterr().out
     report = json.loads(Path("out.json").read_text())
     assert report["flops_agree"] is False and report["results"]["cached"]["flops_error"] == 0
@@ -236,7 +262,7 @@ def test_a_cache_that_is_larger_than_the_formula_is_noticed(
 
 
 def test_a_write_that_is_lost_is_noticed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second chunk is counted as written and is not there."""
+    """The second chunk counts as written, but is not."""
     write = CausalVideoTransformer.write
 
     def forgetful(model: CausalVideoTransformer, clean: Tensor, cache: Any, text: Any = None) -> None:
@@ -255,8 +281,8 @@ def test_a_write_that_is_lost_is_noticed(capsys: pytest.CaptureFixture[str], mon
 def test_csv_has_a_row_for_every_chunk(written: Path, report: dict[str, Any]) -> None:
     with (written / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 6 * 2 * CHUNKS  # backends, contestants, repeats
-    ours = [row for row in rows if (row["backend"], row["contestant"], row["repeat"]) == ("sdpa", "recompute", "1")]
+    assert len(rows) == 2 * 6 * 2 * CHUNKS  # backends, methods, repeats
+    ours = [row for row in rows if (row["backend"], row["method"], row["repeat"]) == ("sdpa", "recompute", "1")]
     result = report["results"]["recompute"]
     steps = result["repeats"][1]["seconds_per_step"]
     assert [float(row["denoise_seconds"]) for row in ours] == pytest.approx([sum(chunk) for chunk in steps])
@@ -270,7 +296,7 @@ def test_csv_has_a_row_for_every_chunk(written: Path, report: dict[str, Any]) ->
         assert float(row["total_seconds"]) == pytest.approx(sum(parts))
 
 
-def test_html_needs_nothing_from_outside(written: Path, report: dict[str, Any]) -> None:
+def test_html_has_no_external_resources(written: Path, report: dict[str, Any]) -> None:
     page = (written / "out.html").read_text()
     assert report["verdict"] in page
     assert page.count("<svg") == 1 and page.count("<table") == 4
@@ -279,34 +305,42 @@ def test_html_needs_nothing_from_outside(written: Path, report: dict[str, Any]) 
     assert len(page) < 1_000_000
 
 
-def test_plot_is_a_png(written: Path) -> None:
-    assert (written / "out.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_plots_are_of_the_format_that_the_suffix_says(written: Path, suffix: str, start: bytes) -> None:
+    assert (written / f"out{suffix}").read_bytes().startswith(start)
 
 
-def test_json_on_standard_output_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--json", "-q"], ["-q", "--json", "-"], ["-q", "--json"]):
-        assert main([*TINY, "--compare", "cached", "--frames", "4", *arguments]) == 0
-        out, err = capsys.readouterr()
-        assert json.loads(out)["frames"] == 4
-        assert err == ""
+def test_json_on_standard_output_beside_files(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--compare", "cached", "--frames", "4", "--json", "-o", "out.JSON", "--output", "rows.csv"]
+    assert main([*TINY, *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads(Path("out.JSON").read_text())
+    assert err == "→ out.JSON\n→ rows.csv\n"
+    assert main([*TINY, *arguments, "-q"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--compare", "diffusers"], "--compare diffusers: is none of cached, recompute, recompute-extendable, bidir"),
+        (
+            ["--compare", "diffusers"],
+            "--compare: there is no context 'diffusers'; known: cached, recompute, ",
+        ),
         (["--compare", "recompute,"], "--compare recompute,: an entry is empty"),
         (["--context-frames", "9,x"], "--context-frames 9,x: must be a number of frames, or several such as 25,9,57"),
         (["--context-frames", "0"], "--context-frames 0: must be a number of frames"),
-        (["--html", "missing/out.html"], "missing/out.html: there is no folder missing"),
+        (["-o", "missing/out.html"], "-o missing/out.html: there is no folder missing"),
+        (["-o", "out.txt"], "-o out.txt: the suffix must be .html, .json, .csv, .png, .svg or .pdf"),
         (["--backend", "sdpa,none"], "there is no backend 'none'"),
-        (["--csv", "."], ".: can't be written"),
+        (["-o", "folder.csv"], "-o folder.csv: can't be written"),
     ],
 )
 def test_refused_before_anything_is_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], line: str
 ) -> None:
     monkeypatch.setattr(commands.bench, "run_bench", lambda *_, **__: pytest.fail("it was measured"))
+    Path("folder.csv").mkdir()
     assert main([*TINY, "--frames", "4", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
@@ -324,23 +358,20 @@ def test_a_window_without_positions_is_refused_before_anything_is_measured(
 def test_plots_need_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main([*TINY, "--plot", "out.png"]) == 2
+    assert main([*TINY, "-o", "out.png"]) == 2
     assert "matplotlib is not installed: pip install 'ca2vdm[bench]'" in capsys.readouterr().err
-    assert main([*TINY, "--compare", "cached", "--frames", "4", "--csv", "out.csv"]) == 0
+    assert main([*TINY, "--compare", "cached", "--frames", "4", "-o", "out.csv"]) == 0
 
 
-def test_more_caches_than_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_that_do_not_fit_in_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "available_memory", lambda device: 100_000)
     assert main([*TINY, "--compare", "per-step-cache"]) == 2
-    assert "--compare per-step-cache: its 2 caches take" in capsys.readouterr().err
+    assert "per-step-cache: its 2 caches take" in capsys.readouterr().err
     assert main([*TINY, "--compare", "recompute", "--frames", "4"]) == 0
 
 
-def test_contestants() -> None:
-    """Every opponent that the help names exists, and the outputs of these are compared."""
+def test_methods() -> None:
+    """Every baseline that the help names exists, and these are exact."""
     assert set(contexts) == {"cached", *ALL.split(",")}
-    assert [name for name, context in contexts.items() if context.exact] == [
-        "cached",
-        "recompute",
-        "recompute-extendable",
-    ]
+    exact = [name for name, context in contexts.items() if context.exact]
+    assert exact == ["cached", "recompute", "recompute-extendable"]

@@ -1,8 +1,9 @@
-"""The formulas: operations as PyTorch counts them, and the cache's bytes as allocated. And exponents."""
+"""The formulas against PyTorch's count of operations and the allocated bytes of the cache; fitted exponents."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -41,9 +42,9 @@ def frames(count: int, model: CausalVideoTransformer) -> Tensor:
 
 
 @torch.inference_mode()
-def counted(model: CausalVideoTransformer, contestant: str, seen: int) -> tuple[int, int]:
-    """Operations of making a chunk context after ``seen`` frames, and of a denoising step before that."""
-    context = make_context(model, contestant, 1, timesteps=[7])
+def counted(model: CausalVideoTransformer, method: str, seen: int) -> tuple[int, int]:
+    """Operations of writing a chunk to the context after ``seen`` frames, and of a denoising step of that chunk."""
+    context = make_context(model, method, 1, timesteps=[7])
     caption = stored_caption(model, 1)
     if caption is not None:
         context.set_text(model.text_keys_values(caption.embedding, caption.mask))
@@ -60,14 +61,14 @@ def counted(model: CausalVideoTransformer, contestant: str, seen: int) -> tuple[
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("seen", [0, 2, WINDOW])
-def test_operations_are_those_that_are_counted(
+def test_operations_equal_those_counted(
     make_model: MakeModel, backend: str, variant: dict[str, object], seen: int
 ) -> None:
     model = make_model(backend, **variant)
     config = model.config
     assert counted(model, "cached", seen) == (write_flops(config, WINDOW, CHUNK), step_flops(config, WINDOW))
-    for contestant in ("recompute", "recompute-extendable", "bidirectional"):
-        assert counted(model, contestant, seen) == (0, recompute_flops(config, seen))
+    for method in ("recompute", "recompute-extendable", "bidirectional"):
+        assert counted(model, method, seen) == (0, recompute_flops(config, seen))
     assert counted(model, "per-step-cache", seen) == (0, per_step_cache_flops(config, WINDOW))
 
 
@@ -75,7 +76,7 @@ def test_operations_are_those_that_are_counted(
 @pytest.mark.parametrize("prefix", SpatialPrefix)
 @pytest.mark.parametrize("text", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache_bytes_are_those_allocated(
+def test_cache_bytes_equal_those_allocated(
     make_model: MakeModel, positions: TemporalPositions, prefix: SpatialPrefix, text: int, dtype: torch.dtype
 ) -> None:
     model = make_model(temporal_positions=positions, spatial_prefix=prefix, text_channels=text, text_tokens=text)
@@ -106,14 +107,14 @@ def test_fitted_exponent(exponent: float) -> None:
     assert fit_exponent(lengths, [3 * n**exponent for n in lengths]) == pytest.approx(exponent, abs=1e-9)
 
 
-def test_the_beginning_does_not_count_in_an_exponent() -> None:
+def test_the_shorter_lengths_do_not_affect_an_exponent() -> None:
     lengths = [1, 2, 3, 4, 5, 6, 7, 8]
     assert fit_exponent(lengths, [50, 40, 60, 1, *(n**2 for n in lengths[4:])]) == pytest.approx(2, abs=1e-9)
 
 
 def test_too_few_lengths_have_no_exponent() -> None:
     assert fit_exponent([1, 2], [1, 2]) is None
-    assert Curve([1, 2, 4], [1.0, 2.0, 4.0], [0, 0, 0], [1, 4, 16]).as_report() == {
+    assert asdict(Curve([1, 2, 4], [1.0, 2.0, 4.0], [0, 0, 0], [1, 4, 16])) == {
         "frames": [1, 2, 4],
         "seconds": [1.0, 2.0, 4.0],
         "flops": [0, 0, 0],

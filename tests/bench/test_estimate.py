@@ -1,4 +1,4 @@
-"""``plan``: what is predicted, held against what then happens."""
+"""``plan``: estimates against measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ca2vdm_cli.__main__ import main
-from ca2vdm_cli.bench import estimate as estimate
+from ca2vdm_cli.bench import estimate
 from ca2vdm_cli.model.frame_plan import rope_angles
 
 RUN = ["--device", "cpu", "--dtype", "float32", "--backend", "sdpa"]
@@ -39,36 +39,38 @@ def _briefly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("settings", [[], ["--set", "model.text_channels=7", "--set", "model.text_tokens=5"]])
-def test_bytes_and_operations_are_those_of_the_benchmark(report: Callable[..., Any], settings: list[str]) -> None:
+def test_bytes_and_operations_equal_those_of_the_benchmark(report: Callable[..., Any], settings: list[str]) -> None:
     request = ["--preset", "tiny", "--frames", "20", "--steps", "2", *settings]
-    planned = report("plan", *request)
+    estimated = report("plan", *request)
     result = report("bench", "--compare", "cached", *request)
     cached = result["results"]["cached"]
-    assert planned["cache_bytes"] == cached["cache_bytes"]
-    assert planned["weights_bytes"] == result["weights_bytes"]
-    assert planned["flops_per_step"] == cached["flops_per_step"]
-    assert planned["cache_write_flops"] == cached["cache_write_flops"]
-    assert planned["flops"] == 5 * 2 * planned["flops_per_step"] + 4 * planned["cache_write_flops"]
+    assert estimated["cache_bytes"] == cached["cache_bytes"]
+    assert estimated["weights_bytes"] == result["weights_bytes"]
+    assert estimated["flops_per_step"] == cached["flops_per_step"]
+    assert estimated["cache_write_flops"] == cached["cache_write_flops"]
+    assert estimated["flops"] == 5 * 2 * estimated["flops_per_step"] + 4 * estimated["cache_write_flops"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the variable is glibc's")
-def test_memory_is_what_the_benchmark_measures(report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the model alone, with an allocator that returns freed memory at once: what it keeps otherwise is chance."""
+def test_memory_is_close_to_what_the_benchmark_measures(
+    report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the model alone, with an allocator that returns freed memory at once: what others keep varies."""
     request = ["--preset", "bench-small", "--set", "model.depth=4", "--set", "model.hidden_size=192"]
     request += ["--frames", "16", "--steps", "1"]
     monkeypatch.setattr(estimate, "HEAP", 1.0)
-    planned = report("plan", *request)
+    estimated = report("plan", *request)
     command = [sys.executable, "-m", "ca2vdm_cli", "bench", "--compare", "cached", *RUN, *request, "--json"]
     process = subprocess.run(
         command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}, check=True, capture_output=True
     )
     cached = json.loads(process.stdout)["results"]["cached"]
-    assert planned["step_rise_bytes"] > 15e6
-    assert planned["model_peak_memory_bytes"] == pytest.approx(cached["peak_memory_bytes"], rel=0.1)
+    assert estimated["step_rise_bytes"] > 15e6
+    assert estimated["model_peak_memory_bytes"] == pytest.approx(cached["peak_memory_bytes"], rel=0.1)
 
 
-def test_simulation_sees_only_what_is_alive(report: Callable[..., Any]) -> None:
-    """Twice as many blocks hold no more at a time, and twice as many frames in a chunk twice as much."""
+def test_simulation_counts_only_tensors_that_are_alive(report: Callable[..., Any]) -> None:
+    """Twice as many blocks need no more memory at a time; twice as many frames per chunk need twice as much."""
     shallow = report("plan", *MEDIUM, "--set", "model.depth=2")["step_rise_bytes"]
     assert report("plan", *MEDIUM, "--set", "model.depth=4")["step_rise_bytes"] == pytest.approx(shallow, rel=0.01)
     long = report("plan", *MEDIUM, "--set", "model.chunk_frames=8")["step_rise_bytes"]
@@ -76,13 +78,13 @@ def test_simulation_sees_only_what_is_alive(report: Callable[..., Any]) -> None:
 
 
 def test_time_of_a_video_is_about_right(report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a factor of four: other work on the machine is no fault of the prediction."""
+    """Within a factor of four, since the machine may do other work."""
     monkeypatch.setattr(estimate, "MEASURE_SECONDS", 0.3)
     request = [*MEDIUM, "--frames", "24", "--steps", "2"]
-    planned = report("plan", *request, "--set", "model.depth=6")
-    assert planned["measured_depth"] < 6
+    estimated = report("plan", *request, "--set", "model.depth=6")
+    assert estimated["measured_depth"] < 6
     measured = report("bench", "--compare", "cached", *request, "--set", "model.depth=6")["results"]["cached"]
-    assert 1 / 4 < planned["network_seconds"] / measured["seconds"] < 4
+    assert 1 / 4 < estimated["network_seconds"] / measured["seconds"] < 4
 
 
 def test_longer_videos_take_longer_and_no_more_memory(report: Callable[..., Any]) -> None:
@@ -96,40 +98,42 @@ def test_longer_videos_take_longer_and_no_more_memory(report: Callable[..., Any]
 @pytest.mark.parametrize("positions", ["rope", "cyclic"])
 def test_largest_window_fits_the_budget(report: Callable[..., Any], positions: str) -> None:
     request = ["plan", "--preset", "tiny", "--frames", "8", "--set", f"model.temporal_positions={positions}"]
-    found = report(*request, "--cache-budget", "1MiB")
-    assert found["cache_budget_bytes"] == 2**20
-    window = found["largest_window_in_budget"]
-    assert found["largest_window_of_positions"] == (9 if positions == "cyclic" else None)
-    assert found["largest_window"] == (9 if positions == "cyclic" else window)
+    estimated = report(*request, "--cache-budget", "1MiB")
+    assert estimated["cache_budget_bytes"] == 2**20
+    window = estimated["largest_window_in_budget"]
+    assert estimated["largest_window_of_positions"] == (9 if positions == "cyclic" else None)
+    assert estimated["largest_window"] == (9 if positions == "cyclic" else window)
     rope = [*request[:-1], "model.temporal_positions=rope"]
     sizes = [report(*rope, "--context-frames", str(frames))["cache_bytes"] for frames in (window, window + 1)]
     assert sizes[0] <= 2**20 < sizes[1]
 
 
-def test_a_window_that_the_model_can_not_have_is_not_proposed(report: Callable[..., Any]) -> None:
+def test_a_window_that_the_model_does_not_support_is_not_proposed(report: Callable[..., Any]) -> None:
     request = ["--preset", "tiny", "--frames", "8", "--set", "model.temporal_positions=rope"]
     one = report("plan", *request, "--context-frames", "4")["cache_bytes"] * 2 // 11
-    found = report("plan", *request, "--cache-budget", f"{4 * one}B")
-    assert found["largest_window_in_budget"] < 3  # the spatial prefix has three
-    assert found["largest_window"] == 0
+    estimated = report("plan", *request, "--cache-budget", f"{4 * one}B")
+    assert estimated["largest_window_in_budget"] < 3  # the spatial prefix has three
+    assert estimated["largest_window"] == 0
 
 
 def test_a_video_that_begins_with_a_given_frame_has_fewer_chunks(report: Callable[..., Any]) -> None:
     begun = ["--set", "diffusion.unconditional_start=false", "--set", "model.temporal_positions=absolute"]
-    found = report("plan", "--preset", "tiny", "--frames", "13", "--steps", "2", *begun)  # all of the positions
-    assert (found["chunks"], found["steps"]) == (3, 2)
+    estimated = report("plan", "--preset", "tiny", "--frames", "13", "--steps", "2", *begun)  # all of the positions
+    assert (estimated["chunks"], estimated["steps"]) == (3, 2)
     assert report("plan", "--preset", "tiny", "--frames", "13", "--steps", "2")["chunks"] == 4
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_steps_are_those_that_the_scheduler_makes(report: Callable[..., Any]) -> None:
+def test_steps_are_those_that_the_scheduler_takes(report: Callable[..., Any]) -> None:
     pytest.importorskip("diffusers")
-    found = report("plan", "--preset", "tiny", "--frames", "8", "--steps", "5", "--sampler", "HeunDiscreteScheduler")
-    assert found["steps"] == 9
+    estimated = report(
+        "plan", "--preset", "tiny", "--frames", "8", "--steps", "5", "--sampler", "HeunDiscreteScheduler"
+    )
+    assert estimated["steps"] == 9
 
 
-def test_positions_are_counted_on_the_processor() -> None:
-    """As where tensors are made on another device by default, without numbers."""
+def test_positions_are_computed_on_the_cpu() -> None:
+    """Even if another device is the default and tensors are fake, as in the simulation."""
     with FakeTensorMode(), torch.device("cuda"):
         cosines, _ = rope_angles(torch.arange(3), 8)
     assert cosines.shape == (3, 8) and cosines.device.type == "cpu"
@@ -137,10 +141,10 @@ def test_positions_are_counted_on_the_processor() -> None:
 
 def test_budget_is_what_is_available(report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "available_memory", lambda device: 3_000_000)
-    found = report("plan", "--preset", "tiny", "--frames", "8")
-    assert found["fits"] is True
-    rest = found["weights_bytes"] + max(found[f"{part}_rise_bytes"] for part in ("step", "write", "decode"))
-    assert found["cache_budget_bytes"] == 3_000_000 - rest
+    estimated = report("plan", "--preset", "tiny", "--frames", "8")
+    assert estimated["fits"] is True
+    rest = estimated["weights_bytes"] + max(estimated[f"{part}_rise_bytes"] for part in ("step", "write", "decode"))
+    assert estimated["cache_budget_bytes"] == 3_000_000 - rest
 
 
 def test_plan_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +155,7 @@ def test_plan_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     text = capsys.readouterr().out
     assert text.startswith("20 frames in about ")
     for words in (
-        "a cache write",
+        "per cache write",
         "weights",
         "TFLOP",
         "a cache of 1.0 KiB holds 0 frames",
@@ -160,17 +164,17 @@ def test_plan_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         assert words in text
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1000)
     assert main(request) == 0
-    assert "not available" in capsys.readouterr().out
+    assert "more than is available" in capsys.readouterr().out
 
 
 def test_large_autoencoder_and_text_encoder_are_left_out(report: Callable[..., Any]) -> None:
-    """Those of diffusers and transformers would have to be fetched first."""
+    """Those of diffusers and transformers would have to be downloaded first."""
     small = ["--set", "model.hidden_size=48", "--set", "model.num_heads=4", "--set", "model.depth=1"]
     small += ["--set", "text.path=not-fetched", "--set", "model.text_channels=8", "--set", "model.text_tokens=4"]
-    found = report("plan", "--preset", "ca2-vdm-base", "--frames", "8", "--steps", "2", *small)
-    assert found["decode_seconds"] == found["decode_rise_bytes"] == 0
-    assert found["weights_bytes"] < 2_000_000
-    assert [what.split(" (")[0] for what in found["left_out"]] == [
+    estimated = report("plan", "--preset", "ca2-vdm-base", "--frames", "8", "--steps", "2", *small)
+    assert estimated["decode_seconds"] == estimated["decode_rise_bytes"] == 0
+    assert estimated["weights_bytes"] < 2_000_000
+    assert [part.split(" (")[0] for part in estimated["left_out"]] == [
         "the autoencoder of diffusers",
         "the text encoder",
         "a prompt's guidance",
@@ -187,8 +191,8 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str]) -> None:
         assert line in capsys.readouterr().err
 
 
-def test_other_number_formats(report: Callable[..., Any]) -> None:
-    """Half the bytes of the same kernels, but for GELU's parts; and PyTorch's own default is as it was."""
+def test_other_dtypes(report: Callable[..., Any]) -> None:
+    """Half the bytes for the same kernels, except parts of GELU; PyTorch's default dtype is restored."""
     request = [*MEDIUM, "--frames", "4", "--backend", "eager"]
     whole, half = (report("plan", *request, "--dtype", dtype) for dtype in ("float32", "bfloat16"))
     assert half["cache_bytes"] * 2 == whole["cache_bytes"]

@@ -1,4 +1,4 @@
-"""Contestants in lockstep: what is timed, and what is compared."""
+"""Methods in lockstep: what is timed, and what is compared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMPILING = 0.2
 
 
 class Answering(Context):
-    """Answers the same number always; slow where the context has grown since the last answer."""
+    """Always predicts the same value; slow if the context has grown since the last prediction."""
 
     exact = True
 
@@ -61,12 +61,12 @@ class Answering(Context):
 
 def lockstep(make_model: MakeModel, *answers: float) -> Lockstep:
     model = make_model()
-    contestants = ("recompute", "recompute-extendable")
-    return Lockstep({one: Answering(model, answer) for one, answer in zip(contestants, answers, strict=True)})
+    methods = ("recompute", "recompute-extendable")
+    return Lockstep({method: Answering(model, answer) for method, answer in zip(methods, answers, strict=True)})
 
 
 def chunk(steps: Lockstep, count: int = 2) -> None:
-    """Some denoising steps of a chunk, which is then appended."""
+    """A few denoising steps of a chunk, which is then appended."""
     x = torch.zeros(1, 4, 2, 4, 4)
     steps.open_chunk()
     for _ in range(count):
@@ -83,42 +83,42 @@ def test_the_first_forward_of_a_shape_is_not_timed(make_model: MakeModel) -> Non
             assert max(seconds) < COMPILING / 2
 
 
-def test_a_cache_has_one_shape_and_answers_outside_the_clock_once(make_model: MakeModel) -> None:
+def test_a_cache_has_one_shape_and_gets_one_untimed_call(make_model: MakeModel) -> None:
     model = make_model()
     methods: dict[str, Answering] = {name: Answering(model, 1.0) for name in contexts}
     for name, method in methods.items():
         method.caches = contexts[name].caches  # type: ignore[misc]
     steps = Lockstep(dict(methods))
-    asked = dict.fromkeys(methods, 0)
+    calls = dict.fromkeys(methods, 0)
 
-    def count(one: str, answer: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
-        asked[one] += 1
-        return answer(x, t)
+    def count(name: str, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
+        calls[name] += 1
+        return predict(x, t)
 
-    for one, context in methods.items():
-        context.predict = partial(count, one, context.predict)  # type: ignore[method-assign]
+    for name, context in methods.items():
+        context.predict = partial(count, name, context.predict)  # type: ignore[method-assign]
     for _ in range(3):
         chunk(steps)
-    assert {one for one, times in asked.items() if times == 2 * 3 + 1} == {"cached", "per-step-cache"}
-    assert all(times == 2 * 3 + 3 for one, times in asked.items() if not contexts[one].caches)
+    assert {name for name, times in calls.items() if times == 2 * 3 + 1} == {"cached", "per-step-cache"}
+    assert all(times == 2 * 3 + 3 for name, times in calls.items() if not contexts[name].caches)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_contestants_take_turns_at_going_first(make_model: MakeModel, count: int) -> None:
-    """In a step of the chunks in turn, whatever their number of steps, and in appending."""
+def test_methods_take_turns_at_going_first(make_model: MakeModel, count: int) -> None:
+    """In each denoising step from chunk to chunk, whatever the number of steps, and in appending."""
     steps = lockstep(make_model, 1.0, 1.0)
     order: list[str] = []
 
-    def note(one: str, call: Callable[..., Any], *arguments: Tensor) -> Any:
-        order.append(one)
+    def note(name: str, call: Callable[..., Any], *arguments: Tensor) -> Any:
+        order.append(name)
         return call(*arguments)
 
-    for one, context in steps.contexts.items():
-        context.append = partial(note, one, context.append)  # type: ignore[method-assign]
+    for name, context in steps.contexts.items():
+        context.append = partial(note, name, context.append)  # type: ignore[method-assign]
     for _ in range(6):
-        chunk(steps)  # what answers outside the clock does so now: the window is full
-    for one, context in steps.contexts.items():
-        context.predict = partial(note, one, context.predict)  # type: ignore[method-assign]
+        chunk(steps)  # until the window is full, so that no warm-up calls follow
+    for name, context in steps.contexts.items():
+        context.predict = partial(note, name, context.predict)  # type: ignore[method-assign]
         context.window.context = lambda start: list(range(6))  # type: ignore[method-assign]
     firsts = []
     for _ in range(4):
@@ -136,24 +136,31 @@ def test_every_step_is_compared(make_model: MakeModel) -> None:
     assert steps.scale == 2.0
 
 
-def test_numbers_that_are_none_are_an_error_and_not_equal(make_model: MakeModel) -> None:
+def test_nan_is_an_error_and_not_equal(make_model: MakeModel) -> None:
     with pytest.raises(UserError, match="the model's output is not finite in float32"):
         chunk(lockstep(make_model, 1.0, float("nan")))
 
 
-def test_all_strategies_see_what_the_first_one_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a difference stays one step's own and is not carried on."""
+def test_an_output_of_the_wrong_shape_is_an_error(make_model: MakeModel) -> None:
+    steps = lockstep(make_model, 1.0, 1.0)
+    steps.contexts["recompute-extendable"].predict = lambda x, timestep: x[:, :, :1]  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="context 'recompute-extendable': its output has shape"):
+        chunk(steps)
+
+
+def test_all_methods_continue_from_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step is compared on its own: differences do not accumulate."""
     pipeline = Pipeline.load("tiny", random_weights=True, backend="eager", device="cpu", dtype="float32")
     seen: dict[str, list[Tensor]] = {"cached": [], "recompute": []}
     compared = SideBySide(pipeline, 2, steps=2)
 
-    def remember(strategy: str, answer: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
-        if not seen[strategy] or not torch.equal(seen[strategy][-1], x):  # as when it answers outside the clock first
-            seen[strategy].append(x.clone())
-        return answer(x, t) + (0.1 if strategy == "recompute" else 0)
+    def remember(method: str, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
+        if not seen[method] or not torch.equal(seen[method][-1], x):  # a warm-up call repeats the input
+            seen[method].append(x.clone())
+        return predict(x, t) + (0.1 if method == "recompute" else 0)
 
-    for strategy, context in compared.lockstep.contexts.items():
-        monkeypatch.setattr(context, "predict", partial(remember, strategy, context.predict))
+    for method, context in compared.lockstep.contexts.items():
+        monkeypatch.setattr(context, "predict", partial(remember, method, context.predict))
     rows = list(compared)
     assert [row.difference for row in rows] == pytest.approx([0.1, 0.1], abs=1e-5)
     assert len(seen["cached"]) == len(seen["recompute"]) == 4
