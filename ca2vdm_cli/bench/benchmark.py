@@ -18,7 +18,6 @@ from ca2vdm_cli import __version__
 from ca2vdm_cli.autoencoder import autoencoders, load_autoencoder
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.generate.context import CachedContext, RecomputedContext, contexts
-from ca2vdm_cli.generate.samplers import sampler_for
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.presets import dump_preset
@@ -222,9 +221,7 @@ class _Evaluation:
 
     def run(self, points: dict[int, ChunkComparison]) -> BackendRun:
         """The report of this backend; ``points`` are the chunks measured at further windows."""
-        pipeline, settings, sampling = self.pipeline, self.settings, self.pipeline.config.sampling
-        sampler = sampler_for(pipeline.process, sampling, name=settings.sampler, steps=settings.steps)
-        self.timesteps = list(sampler.timesteps)
+        pipeline, settings = self.pipeline, self.settings
         results = {method: self._result(method) for method in self.methods}
 
         def ratios(value: Callable[[MethodResult], float | None]) -> dict[str, float | None]:
@@ -240,8 +237,8 @@ class _Evaluation:
             context_frames=self.window,
             fixed_window_frames=settings.fixed_frames or fixed_window(pipeline.model, self.window),
             steps=len(self.rows[0].times["cached"].step_seconds),
-            timesteps=self.timesteps,
-            sampler=settings.sampler or sampling.sampler,
+            timesteps=self.video.timesteps,
+            sampler=settings.sampler or pipeline.config.sampling.sampler,
             seed=settings.seed,
             repeat=settings.repeat,
             results=results,
@@ -356,7 +353,7 @@ class _Evaluation:
             )
         if context is PerStepCachedContext:
             text = text_bytes(config, itemsize)
-            caches = text + (cache - text) * len(set(self.timesteps))
+            caches = text + (cache - text) * len(set(self.video.timesteps))
             return _Formulas(lambda seen: per_step_cache_flops(config, window), 0, caches)
         return _Formulas()
 

@@ -304,7 +304,7 @@ class SideBySide:
         self.window = self.lockstep.window
         self.window.check_length(start + chunks * sizes.chunk_frames)
         self._last = torch.zeros(1, *shape, device=model.device)
-        self._last_timestep = solver.timesteps[-1]
+        self.timesteps = list(solver.timesteps)
         noise = SeededNoise(seed, [0], shape, model.device)
         caption = stored_caption(model, 1)
         self._chunks = generate(self.lockstep, process, solver, noise, chunks, given=given, caption=caption)
@@ -363,7 +363,7 @@ class SideBySide:
             context.open_chunk()
         except UsageError:
             return None
-        context.predict(self._last, torch.full((1,), self._last_timestep, device=self.model.device))
+        context.predict(self._last, torch.full((1,), self.timesteps[-1], device=self.model.device))
         return memory.growth()
 
     @torch.inference_mode()

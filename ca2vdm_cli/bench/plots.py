@@ -61,8 +61,8 @@ def _figure(run: BackendRun) -> Figure:
     _bars(chunk, "Seconds per chunk (light: cache write)", methods, denoising, writes)
     _bars(utilization, "Share of matrix-product rate (MFU)", methods, [result.mfu for result in results], percent=True)
     _bars(memory, "Peak memory above weights (MiB)", methods, [(peak or 0) / 2**20 for peak in peaks])
-    utilization.set_yticklabels([])
-    memory.set_yticklabels([])
+    for axes in (utilization, memory):
+        axes.tick_params(left=False, labelleft=False)
 
     frames, context = run.growth.frames, run.growth.context_frames
     unit, scale = ("TFLOP", 1e12) if max(curve.flops[-1] for curve in frames.values()) > 1e12 else ("GFLOP", 1e9)
@@ -76,6 +76,7 @@ def _figure(run: BackendRun) -> Figure:
         _line(step, method, growth.frames, growth.seconds, growth.seconds_exponent, color)
     for axes, label in ((seconds, "frames of video"), (flops, "frames of video"), (step, "frames of context")):
         axes.set_xlabel(label, fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
         axes.grid(color=_GRID)
         axes.legend(fontsize=8.5, frameon=False)
@@ -101,11 +102,12 @@ def _bars(
     colors = [color for _, color in zip(methods, cycle(_COLORS), strict=False)]
     axes.barh(methods, first, color=colors, height=0.62)
     axes.barh(methods, second, left=first, color=colors, alpha=0.45, height=0.62)
-    for i, total in enumerate(map(sum, zip(first, second, strict=True))):
+    totals = [sum(pair) for pair in zip(first, second, strict=True)]
+    for i, total in enumerate(totals):
         number = f"{total:.0%}" if percent else f"{total:.3g}" if total < 1000 else f"{total:,.0f}"
         axes.text(total, i, f" {number if total else '–'}", va="center", fontsize=9, color=_INK)
     axes.invert_yaxis()
-    axes.margins(x=0.16)
+    axes.set_xlim(0, 1.16 * max(totals) or 1)
     axes.grid(axis="x", color=_GRID)
     if percent:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

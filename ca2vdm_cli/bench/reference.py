@@ -1,7 +1,7 @@
-"""Recorded runs: safetensors files that carry a model, its configuration, inputs, and what it answered.
+"""Recorded runs: safetensors files with a model's configuration, weights, inputs and outputs.
 
-They come from the published code, or from anybody who wants to show that two implementations agree. Metadata key
-``config`` is JSON; tensors are named ``weights.*``, ``input.*`` and ``expected.*``. What is absent is not checked.
+They come from the published code, or from anyone who wants to show that two implementations agree. The metadata's key
+``config`` is JSON; tensors are named ``weights.*``, ``input.*`` and ``expected.*``. Absent tensors are not checked.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Comparison:
     """One recorded tensor against ours."""
 
     name: str
-    """Which tensor, without ``expected.``"""
+    """The tensor's name without ``expected.``"""
     difference: float
     """Largest absolute difference."""
     per_chunk: tuple[float, ...] = ()
-    """Whole videos: the largest difference of each chunk."""
+    """For whole videos, the largest difference in each chunk."""
 
 
 class RecordedNoise:
@@ -67,7 +67,7 @@ class RecordedRun:
         path: the file.
 
     Raises:
-        UserError: not such a file, or one whose configuration can't be understood.
+        UserError: the file is not a recorded run, or its configuration is not supported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,28 +85,28 @@ class RecordedRun:
             problem = error.errors(include_url=False)[0]
             raise UserError(f"{path}: config: {'.'.join(map(str, problem['loc']))} {problem['msg']}") from None
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: its config can't be understood ({type(error).__name__}: {error})") from None
+            raise UserError(f"{path}: its config is not supported ({type(error).__name__}: {error})") from None
         if not str(raw.get("beta_schedule", "linear 1e-4..2e-2")).startswith("linear"):
-            raise UserError(f"{path}: beta_schedule {raw['beta_schedule']!r} is not one this program knows (linear)")
+            raise UserError(f"{path}: beta_schedule {raw['beta_schedule']!r} is not supported; only linear is")
 
     def model(self, backend: Backend, device: torch.device, dtype: torch.dtype) -> CausalVideoTransformer:
-        """The recorded weights in our model."""
+        """A model with the recorded weights."""
         model = CausalVideoTransformer(self.config, backend)
         weights = {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
         load_weights(model, weights, str(self.path))
         return model.to(device, dtype).eval().requires_grad_(False)
 
     def compare(self, model: CausalVideoTransformer) -> Iterator[Comparison]:
-        """Run everything that was recorded and compare, one tensor after the other."""
+        """Rerun everything that was recorded and compare, one tensor at a time."""
         for strategy in ("recompute", "cached"):
-            suffix = "recompute" if strategy == "recompute" else "cached"
-            window = self._expected(f"window_{suffix}")
+            window = self._expected(f"window_{strategy}")
             if window is not None:
-                yield _compare(f"window_{suffix}", self._window(model, strategy), window)
-            video = self._expected(f"video_{suffix}")
+                yield _compare(f"window_{strategy}", self._window(model, strategy), window)
+            video = self._expected(f"video_{strategy}")
             if video is not None:
                 given = self._input("first_frames").shape[2]
-                yield _compare(f"video_{suffix}", self._video(model, strategy), video, given, self.config.chunk_frames)
+                ours = self._video(model, strategy)
+                yield _compare(f"video_{strategy}", ours, video, given, self.config.chunk_frames)
 
     def _expected(self, name: str) -> Tensor | None:
         return self.tensors.get(f"expected.{name}")
@@ -124,7 +124,7 @@ class RecordedRun:
 
     @torch.inference_mode()
     def _window(self, model: CausalVideoTransformer, strategy: str) -> Tensor:
-        """One denoising forward: the prefix is written frame 0 first, then a chunk at a time, or fed again."""
+        """One denoising forward after a clean prefix, which is appended frame 0 first, then a chunk at a time."""
         clean, noisy = self._input("window_clean").to(model.device), self._input("window_noisy").to(model.device)
         context = make_context(model, strategy, clean.shape[0])
         caption = self._caption(1.0)
@@ -141,9 +141,9 @@ class RecordedRun:
         given = self._input("first_frames").to(model.device)
         initial, step = self._input("initial_noise").to(model.device), self._input("step_noise").to(model.device)
         timesteps = [int(t) for t in self._input("timesteps").flatten()]
-        falling = all(a > b for a, b in pairwise(timesteps))
-        if not timesteps or not falling or timesteps[-1] < 0 or timesteps[0] >= self.process.config.train_timesteps:
-            raise UserError(f"{self.path}: input.timesteps must fall from one below the process's length to 0 or more")
+        decreasing, length = all(a > b for a, b in pairwise(timesteps)), self.process.config.train_timesteps
+        if not timesteps or not decreasing or timesteps[-1] < 0 or timesteps[0] >= length:
+            raise UserError(f"{self.path}: input.timesteps must decrease, from below {length} to 0 or more")
         sampler = AncestralSampler(self.process, len(timesteps), timesteps=timesteps)
         caption = self._caption(self.guidance_scale)
         halves = 2 if caption is not None and caption.guided else 1
@@ -155,7 +155,7 @@ class RecordedRun:
 
 
 def _model_config(raw: dict[str, Any]) -> ModelConfig:
-    """The recorded settings in our names."""
+    """The model's configuration from the recorded settings."""
     prefix = str(raw["prefix_enhanced_spatial_attention"])
     frames = int(prefix.removeprefix("prev_frames_")) if prefix.startswith("prev_frames_") else 1
     patch = raw["patch_size"]
@@ -187,6 +187,6 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
 def _compare(name: str, ours: Tensor, recorded: Tensor, given: int = 0, chunk: int = 0) -> Comparison:
     if ours.shape != recorded.shape:
         raise UserError(f"expected.{name}: recorded shape {tuple(recorded.shape)} is not ours, {tuple(ours.shape)}")
-    apart = (ours.cpu() - recorded).abs()
-    chunks = apart[:, :, given:].split(chunk, dim=2) if chunk else ()
-    return Comparison(name, apart.max().item(), tuple(part.max().item() for part in chunks))
+    difference = (ours.cpu() - recorded).abs()
+    chunks = difference[:, :, given:].split(chunk, dim=2) if chunk else ()
+    return Comparison(name, difference.max().item(), tuple(part.max().item() for part in chunks))

@@ -36,9 +36,8 @@ def _speed(run: BackendRun) -> str:
             if (ratio >= 1) is faster:
                 parts.append(f"{ratio if faster else 1 / ratio:.2f}× {word}than {method}")
                 word = ""
-    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     steps = f"{run.steps} step{'' if run.steps == 1 else 's'} a chunk"
-    return f"cached is {listed} at a {run.context_frames}-frame window and {steps}"
+    return f"cached is {_join(parts)} at a {run.context_frames}-frame window and {steps}"
 
 
 def _memory(run: BackendRun) -> Iterator[str]:
@@ -80,11 +79,11 @@ def notes(run: BackendRun) -> Iterator[str]:
     if run.max_abs_difference_after_slide is not None:
         yield (
             f"After the window slides, cached and recompute differ by {run.max_abs_difference_after_slide:.1e}: a "
-            "recomputed frame no longer sees the frames before the window; a cached one was computed when it did."
+            "recomputed frame no longer sees the frames before the window, while cached keys and values reflect them."
         )
     if others := [method for method in run.results if not contexts[method].exact]:
         yield (
-            f"Only the costs of {', '.join(others)} are compared: from the same weights, they generate another video "
+            f"Only the costs of {_join(others)} are compared: from the same weights, they generate another video "
             "than cached."
         )
 
@@ -264,6 +263,10 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
             cells.append(f"<td>{_text(value)}{f'<span>{_text(below)}</span>' if below else ''}</td>")
         lines.append(f"<tr{' class=ours' if row[0] == 'cached' else ''}>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _join(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _text(value: object) -> str:
