@@ -36,10 +36,10 @@ from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.pipeline import randomize
 from ca2vdm_cli.presets import LoadedPreset
-from ca2vdm_cli.runtime import PeakMemory, available_memory, resident_memory, synchronize
+from ca2vdm_cli.runtime import PeakMemory, available_memory, resident_memory
 
 from .costs import cache_bytes, largest_window, step_flops, write_flops
-from .lockstep import first_frame
+from .lockstep import first_frame, timed
 
 MEASURE_SECONDS = 2.0
 """About how long the machine is measured."""
@@ -220,7 +220,7 @@ def _simulate(workload: Workload, autoencoder: Autoencoder | None) -> _Memory:
     """Run a step, a cache write and a decoding with fake tensors."""
     config = workload.preset.config.model
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"), workload.device:
-        with _default_dtype(workload.dtype):
+        with _default_dtype(workload.dtype):  # fake parameters can't be converted afterwards
             model = CausalVideoTransformer(config, workload.backend).eval()
         context = _full_context(model, workload.context_frames)
         noisy, timestep = torch.empty(_shape(config)), torch.zeros(1)
@@ -329,15 +329,12 @@ def _measure(workload: Workload, autoencoder: Autoencoder | None) -> _Times:
         rounds.append((probe.step(), probe.write()))
     step, write = (statistics.median(seconds) for seconds in zip(*rounds, strict=True))
     loading = probe.build_seconds * config.depth / depth
-    step, write = step * probe.scale(step_flops), write * probe.scale(_chunk_write_flops)
+    step *= probe.scale(step_flops)
+    write *= probe.scale(lambda config, window: write_flops(config, window, config.chunk_frames))
     del one, probe
     gc.collect()
     PeakMemory(workload.device)  # returns freed memory to the system
     return _Times(step, write, sampler, decode, loading, depth)
-
-
-def _chunk_write_flops(config: ModelConfig, context_frames: int) -> int:
-    return write_flops(config, context_frames, config.chunk_frames)
 
 
 class _Probe:
@@ -361,12 +358,12 @@ class _Probe:
 
     def step(self) -> float:
         """Seconds of a denoising step."""
-        return self._timed(lambda: self._context.predict(self._noisy, self._timestep))
+        return timed(lambda: self._context.predict(self._noisy, self._timestep), self._noisy.device)[1]
 
     def write(self) -> float:
         """Seconds of a cache write; repeated calls write the same chunk."""
-        cache = self._context.cache
-        seconds = self._timed(lambda: self._model(self._noisy, self._timestep * 0, self._write_plan, cache))
+        cache, clean = self._context.cache, self._timestep * 0
+        _, seconds = timed(lambda: self._model(self._noisy, clean, self._write_plan, cache), self._noisy.device)
         cache.frames -= self.config.chunk_frames
         return seconds
 
@@ -374,9 +371,6 @@ class _Probe:
         """How many times as many operations the full depth takes."""
         window = self._context.window.context_frames
         return flops(self.full, window) / flops(self.config, window)
-
-    def _timed(self, call: Callable[[], object]) -> float:
-        return _timed(call, self._model.device)
 
 
 def _sampler(workload: Workload) -> Sampler:
@@ -404,13 +398,5 @@ def _seconds(call: Callable[[], object], device: torch.device, at_most: float) -
     call()
     times: list[float] = []
     while not times or (sum(times) < at_most and len(times) < 20):
-        times.append(_timed(call, device))
+        times.append(timed(call, device)[1])
     return statistics.median(times)
-
-
-def _timed(call: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    began = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - began

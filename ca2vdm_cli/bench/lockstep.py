@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from ca2vdm_cli.pipeline import Pipeline, check_finite
 from ca2vdm_cli.runtime import PeakMemory, synchronize
 
 from .baselines import PerStepCachedContext
+
+T = TypeVar("T")
 
 PRODUCT = (2048, 384, 1536)
 """The matrix product that gives the machine's rate: rows, inner size, columns."""
@@ -96,11 +99,8 @@ class MatrixProduct:
 
     def measure(self) -> None:
         """Compute and time the product once."""
-        synchronize(self._x.device)
-        began = time.perf_counter()
-        torch.mm(self._x, self._weight.T, out=self._out)
-        synchronize(self._x.device)
-        self.seconds.append(time.perf_counter() - began)
+        _, seconds = timed(lambda: torch.mm(self._x, self._weight.T, out=self._out), self._x.device)
+        self.seconds.append(seconds)
 
 
 @dataclass
@@ -164,8 +164,8 @@ class Lockstep(Context):
 
     def append(self, latents: Tensor) -> None:
         self._appends += 1
-        timed = self._timed(lambda context: context.append(latents), self._appends)
-        self.write_seconds = {method: seconds for method, (_, seconds) in timed.items()}
+        answers = self._timed(lambda context: context.append(latents), self._appends)
+        self.write_seconds = {method: seconds for method, (_, seconds) in answers.items()}
 
     def open_chunk(self) -> None:
         for context in self.contexts.values():
@@ -181,13 +181,13 @@ class Lockstep(Context):
                 self._warm_up(context, observation, x, timestep)
             observation.seen_frames = seen
         turn = self._chunks + len(self.step_seconds[self.first_method])
-        timed = self._timed(lambda context: context.predict(x, timestep), turn)
+        answers = self._timed(lambda context: context.predict(x, timestep), turn)
         if self.product is not None:
             self.product.measure()
-        first, _ = timed[self.first_method]
+        first, _ = answers[self.first_method]
         self.scale = max(self.scale, first.abs().max().item())
         for method, context in self.contexts.items():
-            output, seconds = timed[method]
+            output, seconds = answers[method]
             if output.shape != first.shape:
                 raise UserError(
                     f"context {method!r}: its output has shape {tuple(output.shape)}; it must be {tuple(first.shape)}"
@@ -211,12 +211,17 @@ class Lockstep(Context):
         """Every context's answer and the seconds it took; in every other turn the last one goes first."""
         answers = {}
         for method, context in list(self.contexts.items())[:: 1 if turn % 2 else -1]:
-            synchronize(self.model.device)
-            began = time.perf_counter()
-            answer = call(context)
-            synchronize(self.model.device)
-            answers[method] = (answer, time.perf_counter() - began)
+            answers[method] = timed(partial(call, context), self.model.device)
         return answers
+
+
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """A call's result, and the seconds it took."""
+    synchronize(device)
+    began = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return result, time.perf_counter() - began
 
 
 def observe(model: CausalVideoTransformer, call: Callable[[], object]) -> tuple[int, int]:
@@ -340,12 +345,9 @@ class SideBySide:
         """Seconds to decode a chunk, and to encode it again."""
         if self.pipeline.autoencoder is None or not self.lockstep.observe:
             return None, None
-        began = time.perf_counter()
-        pixels = self.pipeline.decode(latents)  # ends on the CPU
-        decoded = time.perf_counter()
-        self.pipeline.encode(pixels)
-        synchronize(self.model.device)
-        return decoded - began, time.perf_counter() - decoded
+        pixels, decode_seconds = timed(lambda: self.pipeline.decode(latents), self.model.device)
+        _, encode_seconds = timed(lambda: self.pipeline.encode(pixels), self.model.device)
+        return decode_seconds, encode_seconds
 
     @torch.inference_mode()
     def rise(self, method: str) -> int | None:

@@ -80,7 +80,8 @@ def run(
             pixels=False,
             seed=seed,
         )
-        if not runs:  # refuse before the first backend is measured what a later one would refuse
+        add_autoencoder(pipeline)
+        if not runs:  # before anything is measured, check what would fail later
             for other in backends:
                 choose_backend(other, pipeline.model.device, pipeline.model.dtype)
             for window in windows:
@@ -157,7 +158,6 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _measure(pipeline: Pipeline, settings: Settings, *, quiet: bool) -> BackendRun:
-    add_autoencoder(pipeline)
     chunks = count_chunks(pipeline, settings)
     finished = itertools.count(1)
     with ProgressBar(f"benchmark, {pipeline.backend.name}", chunks, chunks, quiet=quiet, unit="chunks") as bar:
