@@ -75,11 +75,11 @@ def estimate(workload: Workload) -> dict[str, Any]:
     """
     model_config = workload.preset.config.model
     startup_seconds = time.perf_counter() - STARTED
-    temporal = TemporalWindow(model_config, workload.context_frames)
-    window, length = temporal.context_frames, model_config.chunk_frames
+    temporal_window = TemporalWindow(model_config, workload.context_frames)
+    window, length = temporal_window.context_frames, model_config.chunk_frames
     first = first_frame(workload.preset.config)
     chunks = max(1, math.ceil((workload.frames - first) / length))
-    temporal.check_length(first + chunks * length)
+    temporal_window.check_length(first + chunks * length)
     steps = len(_sampler(workload).timesteps)  # some schedulers take more steps than asked for
     slid = first + (chunks - 1) * length > window
     cache = cache_bytes(model_config, window, workload.dtype.itemsize, slid=slid)

@@ -134,7 +134,7 @@ class Exactness:
     max_abs_difference_before_slide: float | None
     max_abs_output: float
     max_abs_difference_after_slide: float | None
-    """Of ``recompute``: a recomputed frame has lost the frames before the window, a cached one has not."""
+    """For ``recompute``, whose frames no longer see those before the window, as the cached ones did."""
     max_abs_difference_per_chunk: list[float] | None
 
 

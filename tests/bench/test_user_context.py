@@ -25,7 +25,7 @@ class MyCache(CachedContext):
 
 class MyRecompute(RecomputedContext):
     name = "my-recompute"
-    description = "the window, fed again"
+    description = "the window, recomputed"
 
 
 class Wrong(MyCache):
