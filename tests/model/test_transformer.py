@@ -247,7 +247,7 @@ def test_every_weight_is_trained(make_model: MakeModel) -> None:
 def test_gelu_is_pytorchs_with_and_without_a_gradient(
     dtype: torch.dtype, atol: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "GELU_NUMBERS", 1000)
+    monkeypatch.setattr(layers, "GELU_VALUES", 1000)
     x = torch.linspace(-12, 12, 4801, dtype=dtype)
     expected = nn.functional.gelu(x, approximate="tanh")
     assert torch.allclose(gelu(x), expected, rtol=0, atol=atol)
