@@ -185,7 +185,7 @@ def test_truncated_and_damaged_files_are_refused_in_one_line(
 def test_a_file_without_a_state_dict_is_refused(content: object, tmp_path: Path) -> None:
     path = tmp_path / "other.pt"
     torch.save(content, path)
-    assert "holds no state dict of tensors, neither bare nor under ema, model, state_dict" in refusal(
+    assert "no state dict of tensors, neither at the top level nor under ema, model, state_dict" in refusal(
         lambda: read_published(path)
     )
 

@@ -111,7 +111,7 @@ def test_nothing_is_compiled_after_the_first_chunk() -> None:
     """Nor when the window slides and the ring wraps, nor for another video, nor when that begins from nothing."""
     run = RecordedRun(GOLDEN / "cyclic_prev2.safetensors")
     model, config = run.model(backends["compile"], CPU, torch.float32), run.config
-    shape = (config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
+    shape = config.chunk_shape
 
     class Watched(CachedContext):
         def append(self, latents: Tensor) -> None:

@@ -170,7 +170,7 @@ def test_wrong_request_fails_before_the_first_chunk(
 def test_weights_that_need_a_first_frame(weights: Path, given: np.ndarray) -> None:
     settings = ["diffusion.unconditional_start=false", "sampling.steps=2"]
     pipeline = Pipeline.load(weights, overrides=settings, **CPU)
-    with pytest.raises(UsageError, match="--first-frame"):
+    with pytest.raises(UsageError, match="give a first frame"):
         pipeline.sample(4)
     assert joined(list(pipeline.sample(4, first_frame=given[0]))).shape[1] == 4
 
@@ -205,7 +205,7 @@ def test_given_frames_are_encoded_once_and_a_few_at_a_time(
         return encode(frames)
 
     frames = joined(list(pipeline.extend(given, 4, videos=[0, 1])))
-    monkeypatch.setattr("ca2vdm_cli.pipeline.FRAMES_AT_ONCE", 4)
+    monkeypatch.setattr("ca2vdm_cli.video_codec.FRAMES_AT_ONCE", 4)
     monkeypatch.setattr(autoencoder, "encode", counting)
     again = joined(list(pipeline.extend(given, 4, videos=[0, 1])))
     assert sizes == [4, 4, 1]  # of a window of 9, for both videos

@@ -78,7 +78,7 @@ def test_an_embedding_depends_neither_on_its_neighbours_nor_on_what_was_kept(
 ) -> None:
     captions = ["a white square", "black", "a", "white square moves", "black"]
     together, _ = encoder(captions, stored(5))
-    monkeypatch.setattr(text_encoder, "KEPT_BYTES", 3 * 4 * CHANNELS)  # three tokens
+    monkeypatch.setattr(text_encoder, "CACHE_BYTES", 3 * 4 * CHANNELS)  # three tokens
     forgetful = TextEncoder(TextConfig(str(t5)), config, CPU)
     for _ in range(2):
         for row, caption in enumerate(captions):
@@ -90,7 +90,7 @@ def test_what_was_encoded_once_is_kept_until_there_is_too_much(
 ) -> None:
     encoded: list[int] = []
     encoder.model.register_forward_hook(lambda *_: encoded.append(1))
-    monkeypatch.setattr(text_encoder, "KEPT_BYTES", 6 * 4 * CHANNELS)  # three captions of one word and the end
+    monkeypatch.setattr(text_encoder, "CACHE_BYTES", 6 * 4 * CHANNELS)  # three captions of one word and the end
     encoder(["a", "black", "white", "a", "black"], stored(5))
     assert len(encoded) == 3
     encoder(["square"], stored(1))  # the one that was not used for longest is forgotten: white
@@ -137,7 +137,7 @@ def test_weights_that_are_missing_are_not_made_up(t5: Path, tmp_path: Path, conf
     shutil.copytree(t5, folder)
     sizes = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**sizes, "num_layers": 3}))
-    with pytest.raises(UserError, match=r"is no T5 encoder: it has no weights for encoder\.block\.2"):
+    with pytest.raises(UserError, match=r"is not a T5 encoder: it has no weights for encoder\.block\.2"):
         TextEncoder(TextConfig(str(folder)), config, CPU)
 
 

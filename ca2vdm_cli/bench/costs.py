@@ -73,12 +73,7 @@ def largest_window(config: ModelConfig, budget: int, itemsize: int) -> int:
 
 def _prefix(config: ModelConfig, clean: int | None) -> int:
     """Frames that prefix-enhanced attention looks at: all slots of the cache, or those it sees of ``clean`` frames."""
-    frames = {
-        SpatialPrefix.PREV_FRAMES: config.spatial_prefix_frames,
-        SpatialPrefix.FIRST_FRAME: 1,
-        SpatialPrefix.NONE: 0,
-    }[config.spatial_prefix]
-    return frames if clean is None else min(frames, clean)
+    return config.spatial_slots if clean is None else min(config.spatial_slots, clean)
 
 
 def _forward(

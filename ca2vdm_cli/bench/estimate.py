@@ -31,12 +31,12 @@ from ca2vdm_cli.generate.context import CachedContext, make_context
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.loop import stored_caption
 from ca2vdm_cli.generate.samplers import Sampler, sampler_for
+from ca2vdm_cli.loading import build_model, randomize
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
-from ca2vdm_cli.pipeline import randomize
 from ca2vdm_cli.presets import LoadedPreset
-from ca2vdm_cli.runtime import PeakMemory, available_memory, resident_memory, synchronize
+from ca2vdm_cli.runtime import PeakMemory, available_memory, dtype_name, resident_memory, synchronize
 
 from .costs import cache_bytes, largest_window, step_flops, write_flops
 
@@ -105,7 +105,7 @@ def estimate(request: Request) -> dict[str, Any]:
         "preset": request.preset.name,
         "backend": request.backend.name,
         "device": str(request.device),
-        "dtype": str(request.dtype).removeprefix("torch."),
+        "dtype": dtype_name(request.dtype),
         "frames": request.frames,
         "chunks": chunks,
         "steps": steps,
@@ -225,7 +225,7 @@ def _simulate(request: Request, autoencoder: Autoencoder | None) -> _Memory:
     config = request.preset.config.model
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"), request.device:
         with _default_dtype(request.dtype):
-            model = CausalVideoTransformer(config, request.backend).eval()
+            model = build_model(config, request.backend)
         context = _full_context(model, request.context_frames)
         noisy, timestep = torch.empty(_shape(config)), torch.zeros(1)
         known = [*model.state_dict().values(), *_buffers(context), noisy]
@@ -270,7 +270,7 @@ def _buffers(context: CachedContext) -> list[Tensor]:
 
 
 def _shape(config: ModelConfig) -> tuple[int, ...]:
-    return (1, config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
+    return (1, *config.chunk_shape)
 
 
 def _frames_shape(config: ModelConfig) -> tuple[int, ...]:
@@ -352,10 +352,9 @@ class _Probe:
         self.config = replace(self.full, depth=depth)
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
-            model = CausalVideoTransformer(self.config, request.backend)
+            self._model = build_model(self.config, request.backend, device=request.device, dtype=request.dtype)
             self.making_seconds = time.perf_counter() - began
-            randomize(model)
-        self._model = model.to(request.device, request.dtype).eval().requires_grad_(False)
+            randomize(self._model)
         self._context = _full_context(self._model, request.context_frames)
         self._plan = self._context.cache.plan(self.config.chunk_frames, clean=True)
         self._noisy = torch.randn(_shape(self.config), device=request.device)

@@ -288,12 +288,7 @@ class SideBySide:
         self.pipeline = pipeline
         self.model: CausalVideoTransformer = model
         start = first_frame(pipeline) if given_frames is None else given_frames
-        shape = (
-            config.model.in_channels,
-            config.model.chunk_frames,
-            config.model.latent_height,
-            config.model.latent_width,
-        )
+        shape = config.model.chunk_shape
         given = None
         if start:
             generator = torch.Generator().manual_seed(seed)

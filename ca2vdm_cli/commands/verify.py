@@ -12,7 +12,7 @@ from ca2vdm_cli.bench.verify import RUN_TOLERANCE, STEP_TOLERANCE, agree, verify
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.plugins import choose_backend
-from ca2vdm_cli.runtime import Dtype, resolve_device, resolve_dtype
+from ca2vdm_cli.runtime import Dtype, dtype_name, resolve_device, resolve_dtype
 from ca2vdm_cli.terminal import note, output_console, print_json, status, table
 
 
@@ -110,7 +110,7 @@ def _finish(
     as_json: bool,
 ) -> int:
     failed = [r["tensor"] for r in results if r["ok"] is False]
-    kind = str(dtype).removeprefix("torch.")
+    kind = dtype_name(dtype)
     if as_json:
         print_json(
             {
