@@ -86,7 +86,7 @@ def synchronize(device: torch.device) -> None:
         getattr(getattr(torch, device.type, None), "synchronize", lambda: None)()
 
 
-def processor(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """Name of the CPU or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -80,7 +80,7 @@ def test_chunks_come_one_at_a_time(pipeline: Pipeline) -> None:
     assert seen[3:] == [(1, 1), (1, 2), (1, 3)]
 
 
-def test_a_pipeline_can_be_used_again(pipeline: Pipeline, given: np.ndarray) -> None:
+def test_a_pipeline_can_be_reused(pipeline: Pipeline, given: np.ndarray) -> None:
     first = joined(list(pipeline.sample(6)))
     interleaved = pipeline.sample(6)
     begun = next(interleaved)
@@ -110,9 +110,7 @@ def test_extend_yields_the_new_frames(pipeline: Pipeline, given: np.ndarray) -> 
     chunks = list(pipeline.extend(given, 6))
     assert [chunk.frames.shape[1] for chunk in chunks] == [4, 2]
     assert chunks[0].encode_seconds > 0 == chunks[1].encode_seconds
-    assert (
-        apart(joined(list(pipeline.extend(given[-WINDOW:], 6))), joined(chunks)) == 0
-    )  # frames before the window are not used
+    assert apart(joined(list(pipeline.extend(given[-WINDOW:], 6))), joined(chunks)) == 0  # older frames are not used
     assert apart(joined(list(pipeline.extend(given[:1], 6))), joined(chunks)) > 1
 
 
@@ -250,7 +248,7 @@ def test_weights_that_need_a_first_frame(weights: Path, given: np.ndarray) -> No
     assert joined(list(pipeline.sample(4, first_frame=given[0]))).shape[1] == 4
 
 
-def test_absolute_positions_end(weights: Path) -> None:
+def test_absolute_positions_limit_the_length(weights: Path) -> None:
     settings = ["model.temporal_positions=absolute", "sampling.steps=1"]
     pipeline = Pipeline.load(weights, overrides=settings, **CPU)
     assert joined(list(pipeline.sample(12))).shape[1] == 12
@@ -283,5 +281,5 @@ def test_given_frames_are_encoded_once_and_a_few_at_a_time(
     monkeypatch.setattr("ca2vdm_cli.video_codec.FRAMES_AT_ONCE", 4)
     monkeypatch.setattr(autoencoder, "encode", counting)
     again = joined(list(pipeline.extend(given, 4, videos=[0, 1])))
-    assert sizes == [4, 4, 1]  # of a window of 9, for both videos
+    assert sizes == [4, 4, 1]  # a window of 9, once for both videos
     assert apart(again, frames) <= 1

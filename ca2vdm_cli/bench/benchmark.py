@@ -24,7 +24,7 @@ from ca2vdm_cli.generate.samplers import sampler_for
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.presets import dump_preset
-from ca2vdm_cli.runtime import available_memory, dtype_name, processor
+from ca2vdm_cli.runtime import available_memory, device_name, dtype_name
 
 from .baselines import fixed_window
 from .costs import cache_bytes, per_step_cache_flops, recompute_flops, step_flops, text_bytes, write_flops
@@ -99,7 +99,7 @@ def environment(pipeline: Pipeline) -> dict[str, Any]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": processor(model.device),
+        "processor": device_name(model.device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "available_memory_bytes": available_memory(model.device),

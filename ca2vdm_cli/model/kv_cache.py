@@ -42,10 +42,10 @@ def write_slots(ring: Tensor, slots: Tensor, frames: Tensor) -> None:
     if traced or slots.device.type != "cpu":
         ring.index_copy_(2, slots, frames)
         return
-    numbers = slots.tolist()
-    breaks = [t for t in range(1, len(numbers)) if numbers[t] != numbers[t - 1] + 1]
-    for start, stop in pairwise([0, *breaks, len(numbers)]):
-        ring[:, :, numbers[start] : numbers[stop - 1] + 1] = frames[:, :, start:stop]
+    indices = slots.tolist()
+    breaks = [t for t in range(1, len(indices)) if indices[t] != indices[t - 1] + 1]
+    for start, stop in pairwise([0, *breaks, len(indices)]):
+        ring[:, :, indices[start] : indices[stop - 1] + 1] = frames[:, :, start:stop]
 
 
 class TextKeysValues(NamedTuple):
