@@ -156,7 +156,6 @@ class RecomputedContext(Context):
         self.model, self.window = model, window
         self._text: list[TextKeysValues] = []
         self._frames = 0
-        self._numbers: list[int] = []
         self._latents: Tensor | None = None
 
     def set_text(self, text: list[TextKeysValues]) -> None:
@@ -171,11 +170,11 @@ class RecomputedContext(Context):
         return 0 if self._latents is None else self._latents.nbytes
 
     def append(self, latents: Tensor) -> None:
-        numbers = [*self._numbers, *range(self._frames, self._frames + latents.shape[2])]
-        self._frames += latents.shape[2]
-        self._numbers = self.window.context(self._frames)
+        end = self._frames + latents.shape[2]
+        numbers = [*self.window.context(self._frames), *range(self._frames, end)]
         joined = latents if self._latents is None else torch.cat([self._latents, latents], dim=2)
-        self._latents = joined[:, :, [numbers.index(f) for f in self._numbers]]
+        self._latents = joined[:, :, [numbers.index(f) for f in self.window.context(end)]]
+        self._frames = end
 
     def open_chunk(self) -> None:
         self._plan = self.model.context_plan(self.model.config.chunk_frames, self._frames, self.window)
