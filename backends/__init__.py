@@ -1,1 +1,1 @@
-"""The built-in backends: one file each, registered through the same hook as any plug-in's."""
+"""The built-in backends, one per file; they are registered through the same hook as those of plug-ins."""

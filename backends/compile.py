@@ -1,4 +1,4 @@
-"""torch.compile over the sdpa backend: every block is compiled once and the code is shared by all of them."""
+"""torch.compile on top of the sdpa backend. All blocks share the compiled code."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ca2vdm_backends.sdpa import SdpaBackend
 class CompileBackend(SdpaBackend):
     """Regional compilation with static shapes.
 
-    Denoising a chunk and writing it to the cache are the only shapes that repeat, so nothing is compiled once the first
-    chunk is in the cache, and nothing when the ring of the cache wraps: slots and masks are tensors, not numbers.
+    Denoising a chunk and writing it to the cache have the same shapes in every chunk, so nothing is compiled after the
+    first chunk. Nor is it when the cache's ring wraps, because slots and masks are tensors and not Python integers.
     """
 
     name = "compile"
-    description = "torch.compile over sdpa (needs a C++ compiler on the CPU; compiles during the first chunk)"
-    priority = 5  # below sdpa: a short run does not win back the time it takes to compile
+    description = "torch.compile on top of sdpa (needs a C++ compiler on a CPU; compiles during the first chunk)"
+    priority = 5  # below sdpa: a short run does not make up for the time spent compiling
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as PyTorch chooses it
@@ -37,9 +37,9 @@ class CompileBackend(SdpaBackend):
         return None
 
     def prepare(self, block: nn.Module) -> None:
-        import torch._dynamo  # slow to import, and only this backend needs it
+        import torch._dynamo  # imported here because it is slow to import
 
-        # A block has a handful of shapes (denoise, write, first and last block); several models may share a process.
+        # A block has a handful of variants (step, write, first, last), and a process may have several models.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         block.compile(fullgraph=True, dynamic=False)
 

@@ -1,4 +1,4 @@
-"""PyTorch's fused scaled_dot_product_attention, and the flash-attn package where it is installed."""
+"""PyTorch's fused scaled_dot_product_attention, and the flash-attn package if it is installed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 from ca2vdm_backends.eager import EagerBackend
 
 FLASH_ATTN_HEAD = 256
-"""Largest size of a head that flash-attn has kernels for."""
+"""Largest head size that flash-attn supports."""
 FEW_QUERIES = 16
-"""So few are faster without a fused kernel in float32 on a CPU; 33 take three times as long."""
+"""Up to so many queries, float32 attention on a CPU is faster without a fused kernel; with 33 it takes three times as
+long."""
 BLOCK = 2**20
-"""Scores that are computed at a time by the plain products in bfloat16: 2 MiB, which a core's cache holds."""
+"""Attention scores that bfloat16 matrix products compute at a time: 2 MiB, which fits a core's cache."""
 
 
 def _flash_attn() -> Callable[..., Any] | None:
-    """``flash_attn_func`` of the flash-attn package, or None where it is not installed or does not load."""
+    """``flash_attn_func`` of the flash-attn package, or None if it is not installed or does not load."""
     try:
         from flash_attn import flash_attn_func
     except (ImportError, OSError):
@@ -30,29 +31,29 @@ def _flash_attn() -> Callable[..., Any] | None:
 
 
 def _suits_flash_attn(q: Tensor) -> bool:
-    """Whether flash-attn takes such queries: in half precision, heads of at most 256, on an Ampere GPU or later."""
+    """Whether flash-attn supports these queries: half precision, heads of at most 256, on an Ampere GPU or later."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > FLASH_ATTN_HEAD:
         return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The plain products for so many sequences at a time, or queries of one, that their scores fit the cache.
+    """Attention by matrix products, over blocks of sequences or of queries whose scores fit a core's cache.
 
     Shapes as in ``Backend.attend``, with one leading dimension.
     """
     rows, heads, queries, size = q.shape
     keys = k.shape[2]
-    most = max(1, BLOCK // (heads * keys))  # queries at a time
-    some = min(queries, most)
-    each = max(1, most // some)
-    if type(mask) is Tensor and mask.all():  # not simulated
+    largest = max(1, BLOCK // (heads * keys))  # queries in a block
+    block_queries = min(queries, largest)
+    block_rows = max(1, largest // block_queries)
+    if type(mask) is Tensor and mask.all():  # a fake tensor has no values
         mask = None
     if mask is not None:
         mask = mask.broadcast_to(rows, heads, queries, keys)
     out = torch.empty_like(q)
-    for i, j in product(range(0, rows, each), range(0, queries, some)):
-        part = slice(i, i + each), slice(None), slice(j, j + some)
+    for i, j in product(range(0, rows, block_rows), range(0, queries, block_queries)):
+        part = slice(i, i + block_rows), slice(None), slice(j, j + block_queries)
         block_q, block_k, block_v = (x.flatten(0, 1) for x in (q[part], k[part[0]], v[part[0]]))  # (N*H, Q or K, E)
         scores = q.new_empty(*block_q.shape[:2], keys)
         torch.baddbmm(scores, block_q, block_k.transpose(1, 2), beta=0, alpha=size**-0.5, out=scores)
@@ -63,25 +64,25 @@ def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     return out
 
 
-_untraced_by_blocks = torch.library.custom_op("ca2vdm::attend_by_blocks", attend_by_blocks, mutates_args=())
-"""The same, a single operation to torch.compile: a graph with every block in it takes twice as long to compile."""
-_untraced_by_blocks.register_fake(lambda q, k, v, mask: torch.empty_like(q))
+_attend_by_blocks_op = torch.library.custom_op("ca2vdm::attend_by_blocks", attend_by_blocks, mutates_args=())
+"""``attend_by_blocks`` as one operation of torch.compile. A graph with all blocks takes twice as long to compile."""
+_attend_by_blocks_op.register_fake(lambda q, k, v, mask: torch.empty_like(q))
 
 
 class SdpaBackend(EagerBackend):
-    """Fused attention. PyTorch picks among flash, memory-efficient, cuDNN and math kernels by device, type and mask.
+    """Fused attention. PyTorch chooses a flash, memory-efficient, cuDNN or math kernel by device, dtype and mask.
 
-    Three cases on a CPU are left to the plain products: training in half precision, where PyTorch's fused backward
-    takes some twenty times as long as the products that it is made of; the few queries of a chunk over time, for which
-    its fused forward takes half as long again; and bfloat16 where the processor multiplies it but has no AMX, which
-    the fused kernel does not use: there it takes 1.3 to 2.5 times as long as the products, block by block.
+    In three cases on a CPU, plain matrix products are faster and are used instead: training in half precision, where
+    PyTorch's fused backward takes about twenty times as long; temporal attention with few queries, where its fused
+    forward takes 1.5 times as long; and bfloat16 on a CPU that multiplies it without AMX, where its fused forward takes
+    1.3 to 2.5 times as long as the products, block by block.
 
-    With the flash-attn package, unmasked half-precision attention goes there instead on the GPUs and head sizes that it
-    is made for. That path was never run by the authors, who had no such GPU.
+    If the flash-attn package is installed, unmasked half-precision attention uses it on the GPUs and head sizes that it
+    supports. The authors had no such GPU and have never run that path.
     """
 
     name = "sdpa"
-    description = "fused attention (flash, memory-efficient and cuDNN kernels where the device has them)"
+    description = "fused attention (flash, memory-efficient and cuDNN kernels if the device has them)"
     priority = 10
 
     def __init__(self) -> None:
@@ -98,7 +99,7 @@ class SdpaBackend(EagerBackend):
         if q.device.type == "cpu" and self._plain_is_faster(q):
             return super().attend(q, k, v, mask)
         if q.device.type == "cpu" and q.dtype is torch.bfloat16 and self._products_beat_fused:
-            attend = _untraced_by_blocks if torch.compiler.is_compiling() else attend_by_blocks
+            attend = _attend_by_blocks_op if torch.compiler.is_compiling() else attend_by_blocks
             return attend(q, k, v, mask)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

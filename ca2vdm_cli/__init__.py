@@ -1,7 +1,7 @@
 """Long video generation with a causal video diffusion model (Ca2-VDM): the library behind the ``ca2vdm`` command.
 
 The names in ``__all__`` are the Python API. Each is imported when it is first used, so that ``import ca2vdm_cli`` is
-instant and does not bring in torch.
+instant and does not import torch.
 """
 
 from importlib import import_module
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from .generate.samplers import Sampler
     from .hookspecs import hookimpl
     from .model.attention import Backend
-    from .pipeline import Pipeline, VideoChunk
+    from .pipeline import Pipeline, RunOptions, VideoChunk
     from .plugins import autoencoders, backends, choose_backend, contexts, metrics, readers, samplers
     from .presets import LoadedPreset, list_presets, load_preset
     from .video_metrics import Metric
 
 STARTED = perf_counter()
-"""When this process began to use the package: what "seconds since the start" counts from."""
+"""When this process imported the package; run times are measured from here."""
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ _HOME = {  # name: the module it lives in
     "Metric": "video_metrics",
     "Pipeline": "pipeline",
     "Reader": "data.readers",
+    "RunOptions": "pipeline",
     "Sampler": "generate.samplers",
     "UsageError": "errors",
     "UserError": "errors",
@@ -61,6 +62,7 @@ __all__ = [
     "Metric",
     "Pipeline",
     "Reader",
+    "RunOptions",
     "Sampler",
     "UsageError",
     "UserError",

@@ -1,4 +1,4 @@
-"""Between frames and latents: the package's small convolutional autoencoders, or an ``AutoencoderKL`` of diffusers.
+"""Autoencoders between frames and latents: two small convolutional ones, and ``AutoencoderKL`` of diffusers.
 
 Shapes: N frames, C channels, H and W pixels; c latent channels, h = H / downsample, w = W / downsample.
 """
@@ -22,14 +22,12 @@ from .plugins import autoencoders as _autoencoders
 
 ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 """Residual blocks at each of the two resolutions."""
-FRAMES_AT_ONCE = 64
-"""Frames that are encoded or decoded together: a large autoencoder has large feature maps."""
 
 
 class Autoencoder(nn.Module):
-    """Turns frames into latents of about unit standard deviation, and back; both directions are deterministic.
+    """Encodes frames to latents of about unit standard deviation, and decodes them; both are deterministic.
 
-    Subclass it, and register the class (hook ``ca2vdm_register_autoencoders``).
+    Subclass it and register the class (hook ``ca2vdm_register_autoencoders``).
 
     Args:
         config: the preset's ``autoencoder`` section.
@@ -42,7 +40,7 @@ class Autoencoder(nn.Module):
     description: ClassVar[str]
     """One line."""
     trained_here: ClassVar[bool] = False
-    """Whether ``train`` makes its weights; only the package's small ones are."""
+    """Whether ``ca2vdm train`` trains it; true only for the package's small autoencoders."""
 
     def __init__(self, config: AutoencoderConfig, video: VideoConfig, in_channels: int) -> None:
         super().__init__()
@@ -59,11 +57,9 @@ class Autoencoder(nn.Module):
 class ConvAutoencoder(Autoencoder):
     """A small autoencoder without full-resolution convolutions: pixels are folded into channels first.
 
-    It works locally: every normalisation is over the channels of one place, and padding repeats the border. A thing
-    that moves by a latent pixel therefore moves its latents and changes nothing else (but at the borders), which is
-    easy to learn for a diffusion model, and training needs crops only. Latents have mean 0 and standard deviation 1
-    per channel.
-
+    It is local: normalisation is over the channels of one position, and padding repeats the border. When an object
+    moves by one latent pixel, its latents move along and nothing else changes (except at borders), which is easy for a
+    diffusion model to learn; and crops suffice for training. Latents have mean 0 and standard deviation 1 per channel.
     """
 
     name = "conv"
@@ -118,14 +114,13 @@ class ConvAutoencoder(Autoencoder):
 
 
 class LowPassAutoencoder(ConvAutoencoder):
-    """The same with a fixed encoder: latents are the frames themselves, smoothed and made smaller.
+    """A fixed encoder that smooths and downsamples the frames, and a trained decoder that sharpens them.
 
-    Such latents change slowly as things move, which is easier still for a diffusion model, and only the decoder has to
-    be trained: a small network that draws the frames sharp again.
+    Such latents change slowly as objects move, which is even easier for a diffusion model.
     """
 
     name = "lowpass"
-    description = "latents are smoothed frames, and a small network draws them sharp again"
+    description = "latents are smoothed frames, which a small network sharpens"
 
     @staticmethod
     def _make_encoder(config: AutoencoderConfig, pixels: int, in_channels: int) -> nn.Module:
@@ -133,7 +128,7 @@ class LowPassAutoencoder(ConvAutoencoder):
 
 
 class LowPass(nn.Module):
-    """Smoothes every channel by a quadratic B-spline three latent pixels wide, and takes one value of each."""
+    """Smooths every channel with a quadratic B-spline three latent pixels wide, and samples it at the latent pixels."""
 
     def __init__(self, downsample: int) -> None:
         super().__init__()
@@ -151,7 +146,7 @@ class LowPass(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions on a normalised input, added to it; the identity at first."""
+    """Two convolutions of the normalised input, added to it. A new block is the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -165,7 +160,7 @@ class ResidualBlock(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """Root-mean-square norm over the channels of each place."""
+    """Root-mean-square norm over the channels of each position."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -180,7 +175,7 @@ def _conv(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class DiffusersAutoencoder(Autoencoder):
-    """An ``AutoencoderKL`` of diffusers, such as Stable Diffusion's; latents are the mode of its distribution."""
+    """An ``AutoencoderKL`` of diffusers, such as Stable Diffusion's; latents are its distribution's mode."""
 
     name = "diffusers"
     description = "an AutoencoderKL of the diffusers library (extra latent)"
@@ -191,21 +186,21 @@ class DiffusersAutoencoder(Autoencoder):
             from diffusers import AutoencoderKL
         except ImportError as error:
             raise UserError(
-                "autoencoder: diffusers is not installed, and this preset needs it: pip install 'ca2vdm[latent]'"
+                "autoencoder: this preset needs diffusers, which is not installed; pip install 'ca2vdm[latent]'"
             ) from error
         try:
             self.model = AutoencoderKL.from_pretrained(config.path)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"autoencoder.path: no AutoencoderKL can be loaded from {config.path} ({first_line(error)}); name one "
-                "of diffusers, by folder or by its name on the hub"
+                f"autoencoder.path: no AutoencoderKL can be loaded from {config.path} ({first_line(error)}); give a "
+                "folder, or a name on the hub"
             ) from error
-        for what, theirs, ours in (
+        for setting, theirs, ours in (
             ("model.in_channels", self.model.config.latent_channels, in_channels),
             ("autoencoder.downsample", 2 ** (len(self.model.config.block_out_channels) - 1), config.downsample),
         ):
             if theirs != ours:
-                raise UserError(f"{what}: {ours} does not fit the autoencoder {config.path}; set it to {theirs}")
+                raise UserError(f"{setting}: {ours} does not fit the autoencoder {config.path}; set it to {theirs}")
         self.channels, self.scale_factor = video.channels, config.scale_factor
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -220,25 +215,25 @@ class DiffusersAutoencoder(Autoencoder):
 
 
 autoencoders: Registry[type[Autoencoder]] = _autoencoders
-"""All autoencoders by name."""
+"""All autoencoders, by name."""
 
 
 def load_autoencoder(
     config: AutoencoderConfig, video: VideoConfig, in_channels: int, weights_path: Path | None = None
 ) -> Autoencoder:
-    """The autoencoder of a preset, ready to use (evaluation mode, frozen).
+    """A preset's autoencoder, in evaluation mode and frozen.
 
     Args:
         config: the preset's ``autoencoder`` section.
         video: the preset's ``video`` section.
         in_channels: channels of a latent, ``model.in_channels``.
-        weights_path: a safetensors file with its weights; without it a conv or lowpass autoencoder's are random.
+        weights_path: a safetensors file with its weights; without it, conv and lowpass get random weights.
 
     Raises:
-        UserError: the weights are missing or do not fit, or diffusers is not installed.
+        UserError: the preset has no autoencoder, its weights can't be read or do not fit, or diffusers is missing.
     """
     if config.kind == "none":
-        raise UsageError("autoencoder: this preset has none, it works on latents only")
+        raise UsageError("autoencoder: this preset has none; it works on latents only")
     autoencoders.check(config.kind, "autoencoder.kind")
     autoencoder = autoencoders[config.kind](config, video, in_channels)
     if weights_path is not None:
@@ -265,7 +260,7 @@ def _load_weights(autoencoder: Autoencoder, path: Path) -> None:
 
 
 def save_autoencoder(autoencoder: Autoencoder, path: Path) -> None:
-    """Write the weights as safetensors, in half precision but for the latents' mean and variance."""
+    """Write the weights as safetensors, in half precision except for the latents' mean and variance."""
     state = {
         key: value if key.startswith("normalize.") else value.half() for key, value in autoencoder.state_dict().items()
     }

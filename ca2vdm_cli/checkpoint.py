@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors of our own, and published-format checkpoints that are imported. Nothing is unpickled."""
+"""Weights on disk: our safetensors files, and published-format checkpoints for import. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ from torch import Tensor, nn
 from .errors import UsageError, UserError
 
 WRAPPERS = ("ema", "model", "state_dict")
-"""Keys under which training programs wrap a state dict."""
-
-WRAPPED = 4
-"""How many of them may be around one another."""
-
+"""Keys under which training programs nest a state dict."""
+MAX_NESTING = 4
+"""How many of them may be nested."""
 UNUSED = frozenset({"bov_token"})
 """Entries of published checkpoints that the published model carries but never reads."""
 
 
 @dataclass(frozen=True)
 class KeyReport:
-    """Which keys of a state dict fit a model."""
+    """How the keys of a state dict match a model."""
 
     matched: tuple[str, ...]
     missing: tuple[str, ...]
@@ -41,18 +39,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata.
 
     Raises:
-        UserError: no such file, or not one of this format.
+        UserError: there is no such file, or it is not a safetensors file.
     """
-    with _opened(path) as file:
+    with _open_safetensors(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open_safetensors(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     if not os.access(path, os.R_OK):
-        raise UserError(f"{path}: you may not read it; check its permissions")
+        raise UserError(f"{path}: no permission to read it; check its permissions")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -65,13 +63,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """Write a safetensors file so that a crash leaves either the old file or the new one.
 
     Raises:
-        UserError: it can't be written there.
+        UserError: the file can't be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata or {})
-        temporary.chmod(0o666 & ~_umask())  # safetensors makes files for their owner alone
+        temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
@@ -89,18 +87,18 @@ def _umask() -> int:
 def load_weights(
     model: nn.Module, weights: dict[str, Tensor], source: str, *, partial: bool = False, extra: bool = False
 ) -> KeyReport:
-    """Put a state dict into a model.
+    """Load a state dict into a model.
 
     Args:
         model: any module.
-        weights: tensors in its own key names.
-        source: what to name in errors.
-        partial: allow missing keys, which keep the model's own values.
+        weights: tensors by the model's key names.
+        source: where the weights come from, for errors.
+        partial: allow missing keys; the model keeps its values there.
         extra: allow keys that the model does not have.
 
     Raises:
-        UserError: a shape that differs (both are named), a missing key (unless ``partial``), a left-over one (unless
-            ``extra``), or nothing that matches.
+        UserError: a shape differs (both are named), a key is missing (unless ``partial``) or left over (unless
+            ``extra``), or no key matches.
     """
     own = model.state_dict()
     matched = [key for key in own if key in weights]
@@ -130,37 +128,37 @@ def load_weights(
 def read_published(path: Path) -> dict[str, Tensor]:
     """The state dict of a published-format checkpoint: .safetensors, or .pt/.pth read with ``weights_only``.
 
-    The dict may be wrapped in ``ema``, ``model`` or ``state_dict`` (in this order of preference), and its keys may
+    The dict may be nested under ``ema``, ``model`` or ``state_dict`` (in this order of preference), and its keys may
     start with ``module.``.
 
     Raises:
-        UserError: not such a file, or one that would need unpickling of code.
+        UserError: it is not such a file, or reading it would require unpickling code.
     """
     if path.suffix == ".safetensors":
-        found: Any = load_tensors(path)[0]
+        content: Any = load_tensors(path)[0]
     else:
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what is wrong with the file is said below
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                warnings.simplefilter("ignore")  # the error below says what is wrong
+                content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can make the unpickler raise anything
-            # PyTorch's own message advises to unpickle all the same; only what it names is worth repeating
-            named = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"it holds {named[1]}" if named else "it is damaged, or holds more than tensors"
+            # PyTorch's message advises unpickling anyway; only the name it mentions is useful
+            match = re.search(r"GLOBAL (\S+)", str(error))
+            problem = f"it contains {match[1]}" if match else "it is damaged, or contains more than tensors"
             raise UserError(
-                f"{path}: not a plain checkpoint of tensors: {what}; save its state dict alone, or as safetensors"
+                f"{path}: not a plain checkpoint of tensors: {problem}; save only its state dict, or as safetensors"
             ) from None
-    for _ in range(WRAPPED):
+    for _ in range(MAX_NESTING):
         inner = None
-        if isinstance(found, dict):
-            inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), dict)), None)
+        if isinstance(content, dict):
+            inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
         if inner is None:
             break
-        found = inner
-    items = found.items() if isinstance(found, dict) else ()
+        content = inner
+    items = content.items() if isinstance(content, dict) else ()
     tensors = {str(key).removeprefix("module."): value for key, value in items if isinstance(value, Tensor)}
     if not tensors:
-        raise UserError(f"{path}: holds no state dict of tensors, neither bare nor under {', '.join(WRAPPERS)}")
+        raise UserError(f"{path}: no state dict of tensors, neither at the top level nor under {', '.join(WRAPPERS)}")
     return tensors

@@ -1,10 +1,10 @@
-"""The Python API: a model, its autoencoder and its settings, ready to make video. The commands are thin over it.
+"""The Python API: a model with its autoencoder and settings, ready to generate video. The commands are thin wrappers.
 
     pipeline = Pipeline.load("moving-digits")
     for chunk in pipeline.sample(frames=600, seed=1):
         show(chunk.frames)  # (videos, frames, height, width, channels) uint8
 
-Shapes: B videos, T frames, H, W, 1 or 3 channels for pixels; B, C, T, h, w for latents.
+Shapes: pixels (B videos, T frames, H, W, 1 or 3 channels), latents (B, C, T, h, w).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -21,78 +22,83 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .autoencoder import FRAMES_AT_ONCE, Autoencoder, autoencoders, load_autoencoder
-from .checkpoint import load_tensors, load_weights
+from .autoencoder import Autoencoder, autoencoders, load_autoencoder
 from .config import Preset
 from .errors import UsageError, UserError
 from .generate.context import Context, contexts, make_context
 from .generate.diffusion import NoiseProcess
 from .generate.loop import Caption, LatentChunk, SeededNoise, generate, stored_caption
 from .generate.samplers import sampler_for
+from .loading import build_model, find_weights, randomize
 from .model.attention import Backend
 from .model.transformer import CausalVideoTransformer
 from .plugins import choose_backend
-from .presets import DEFAULT_PRESET, PRESET_FILE, LoadedPreset, load_preset
-from .runtime import Dtype, resolve_device, resolve_dtype, synchronize
+from .presets import LoadedPreset
+from .runtime import Dtype, dtype_name, resolve_device, resolve_dtype, synchronize
 from .text_encoder import TextEncoder
+from .video_codec import decode_video, encode_video, to_floats
 
 Frames = np.ndarray
 """uint8 pixels (B, T, H, W, channels)."""
 
 
 class RunOptions(TypedDict, total=False):
-    """How to make videos; everything has a default."""
+    """Options of ``Pipeline.sample`` and ``Pipeline.extend``; all have a default."""
 
     videos: Sequence[int]
-    """Which videos to make together; by default video 0. Video k of a seed is always the same."""
+    """Which videos to generate together; video 0 by default. Video k of a seed is always the same."""
     seed: int
-    """Of all randomness; 0 by default."""
+    """Seed of all randomness; 0 by default."""
     steps: int | None
-    """Denoising steps; the preset's by default."""
+    """Number of denoising steps; the preset's by default."""
     sampler: str | None
-    """By name; the preset's by default."""
-    strategy: str | str
-    """``cached`` (the default) or ``recompute``."""
+    """Name of a sampler; the preset's by default."""
+    strategy: str
+    """Name of a context; ``cached`` by default."""
     context_frames: int | None
     """Window in frames; the preset's by default."""
     prompt: str | None
-    """What all the videos show, for presets with a text encoder; by default the stored unconditional caption."""
+    """What all videos show, for presets with a text encoder; the stored unconditional caption by default."""
     guidance: float | None
-    """How strongly the prompt is followed; the preset's by default."""
+    """How strongly to follow the prompt; the preset's by default."""
     caption: Caption | None
-    """Text embeddings, one row a video, in place of a prompt."""
+    """Text embeddings, one row per video, instead of a prompt."""
     on_step: Callable[[int, int], None] | None
-    """Called with (chunk, steps done)."""
+    """Called with (chunk index, steps done)."""
 
 
 @dataclass(frozen=True)
 class VideoChunk:
-    """Frames that are finished, in order. Chunks of one run have different lengths: the last one is cut to size."""
+    """Finished frames, in order. The last chunk of a run is cut to size, so lengths differ."""
 
     index: int
-    """Which chunk, from 0."""
+    """Number of the chunk, from 0."""
     frames: Frames
     """(B, T, H, W, channels) uint8."""
     denoise_seconds: float
+    """Time spent in the denoising steps."""
     write_seconds: float
-    """Time to make the frames before it context (the cache write)."""
+    """Time spent writing the preceding frames to the context."""
     decode_seconds: float
+    """Time to decode the chunk."""
     encode_seconds: float
-    """Time to encode the given frames; 0 but for the first chunk."""
+    """Time to encode the given frames; 0 except in the first chunk."""
     context_bytes: int
-    """Bytes kept between chunks: keys and values, or the latents that are fed again."""
+    """Bytes kept from chunk to chunk: keys and values, or latents."""
 
 
 class Pipeline:
-    """A causal video diffusion model with everything around it. Made by ``load``."""
+    """A causal video diffusion model with everything needed to generate video; see ``load``.
+
+    Args:
+        preset: the settings.
+        model: the network.
+        autoencoder: between pixels and latents; None for latents only.
+        trained: whether the weights are trained ones.
+    """
 
     def __init__(
-        self,
-        preset: LoadedPreset,
-        model: CausalVideoTransformer,
-        autoencoder: Autoencoder | None,
-        *,
-        trained: bool,
+        self, preset: LoadedPreset, model: CausalVideoTransformer, autoencoder: Autoencoder | None, *, trained: bool
     ) -> None:
         self.preset, self.model, self.autoencoder, self.trained = preset, model, autoencoder, trained
         self.config: Preset = preset.config
@@ -116,58 +122,57 @@ class Pipeline:
         """Load a preset and its weights.
 
         Args:
-            preset: name, file or folder; by default that of the checkpoint's folder, else the default preset.
+            preset: name, file or folder; by default the ``preset.yaml`` beside the checkpoint, else the default preset.
             checkpoint: weights (safetensors) to use instead of the preset's, or the folder of a training run.
             overrides: settings such as ``model.context_frames=9``.
-            backend: name, or ``auto`` for the best that works here.
+            backend: name, or ``auto`` for the best available one.
             device: name, or ``auto``.
-            dtype: number format of the model.
-            random_weights: allow a preset without weights (benchmarks), initialised from ``seed``.
-            pixels: load the autoencoder too; without it there are latents only.
-            seed: of random weights.
+            dtype: dtype of the model's weights, activations and cache.
+            random_weights: allow a preset without weights; they are then drawn from ``seed`` (for benchmarks).
+            pixels: whether to load the autoencoder; without it there are latents only.
+            seed: seed of random weights.
 
         Raises:
-            UsageError: what was asked for does not exist or does not fit.
-            UserError: weights that can't be read.
+            UsageError: an argument names something that does not exist or does not fit.
+            UserError: the weights can't be read.
         """
         loaded, weights = find_weights(preset, checkpoint, overrides)
         if weights is None and not random_weights:
             raise UsageError(
-                f"preset {loaded.name}: it has no weights; train some (ca2vdm train --preset {loaded.name}), import "
-                "some (ca2vdm import) and name them with --checkpoint, or choose a preset that has (ca2vdm presets)"
+                f"preset {loaded.name}: it has no weights; train some (ca2vdm train), import some (ca2vdm import) and "
+                "give them as checkpoint, or choose a preset that has weights (ca2vdm presets)"
             )
-        where = resolve_device(device)
-        number = resolve_dtype(Dtype(dtype), where)
-        with torch.random.fork_rng(devices=[]):  # weights are made on the processor
+        torch_device = resolve_device(device)
+        torch_dtype = resolve_dtype(Dtype(dtype), torch_device)
+        chosen = choose_backend(backend, torch_device, torch_dtype)
+        with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
             torch.manual_seed(seed)
-            model = CausalVideoTransformer(loaded.config.model, choose_backend(backend, where, number))
+            model = build_model(loaded.config.model, chosen, weights=weights)
             if weights is None:
                 randomize(model)
-        if weights is not None:
-            load_weights(model, load_tensors(weights)[0], str(weights))
-        model = model.to(where, number).eval().requires_grad_(False)
-        autoencoder = _load_autoencoder(loaded, where) if pixels and weights is not None else None
+        model.to(torch_device, torch_dtype)
+        autoencoder = _load_autoencoder(loaded, torch_device) if pixels and weights is not None else None
         return cls(loaded, model, autoencoder, trained=weights is not None)
 
     @property
     def backend(self) -> Backend:
-        """How the model runs."""
+        """The backend that runs the model."""
         return self.model.backend
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of the model's and the autoencoder's weights in memory."""
-        modules = [self.model, *([self.autoencoder] if isinstance(self.autoencoder, torch.nn.Module) else [])]
+        modules = [self.model] if self.autoencoder is None else [self.model, self.autoencoder]
         return sum(t.nbytes for module in modules for t in module.state_dict().values())
 
     def sample(
         self, frames: int, *, first_frame: Frames | None = None, **options: Unpack[RunOptions]
     ) -> Iterator[VideoChunk]:
-        """Make videos from nothing, or from a given first frame.
+        """Generate videos from nothing, or from a given first frame.
 
         Args:
-            frames: length in frames, the given one included; any number.
-            first_frame: (H, W, channels) uint8 at the model's size; needed by weights that were not trained to begin
+            frames: length in frames, including the given one; any number.
+            first_frame: (H, W, channels) uint8 at the model's size; needed by weights that were not trained to start
                 from an empty context.
             options: see ``RunOptions``.
 
@@ -176,8 +181,7 @@ class Pipeline:
         """
         if first_frame is None and not self.config.diffusion.unconditional_start:
             raise UsageError(
-                f"preset {self.preset.name}: these weights were not trained to begin from nothing; "
-                "give --first-frame IMAGE (or a video, whose first frame is taken)"
+                f"preset {self.preset.name}: these weights were not trained to start from nothing; give a first frame"
             )
         if first_frame is None:
             return self._run(frames, None, options)
@@ -187,11 +191,11 @@ class Pipeline:
         return _after(_repeat(given, options), self._run(frames - 1, given, options))
 
     def extend(self, given: Frames, frames: int, **options: Unpack[RunOptions]) -> Iterator[VideoChunk]:
-        """Continue a video; yields the new frames only.
+        """Continue a video; only the new frames are yielded.
 
         Args:
-            given: (T, H, W, channels) uint8 at the model's size; what fits the window of it is used.
-            frames: how many new frames.
+            given: (T, H, W, channels) uint8 at the model's size; the last ones that fit the window are used.
+            frames: number of new frames.
             options: see ``RunOptions``.
 
         Raises:
@@ -201,7 +205,7 @@ class Pipeline:
         return self._run(frames, self._checked(given)[-window:], options)
 
     def _checked(self, given: Frames) -> Frames:
-        """Frames from the caller, if there are any and they are what the autoencoder takes."""
+        """Check frames (T, H, W, channels) from the caller."""
         self._autoencoder()
         video = self.config.video
         assert video is not None
@@ -213,20 +217,20 @@ class Pipeline:
         return given
 
     def _run(self, frames: int, given: Frames | None, options: RunOptions) -> Iterator[VideoChunk]:
-        """Check everything now, so that a wrong request fails before the first chunk is asked for.
+        """Generate frames after the given ones (T, H, W, channels), which are the same for all videos.
 
-        All the videos begin with the same given frames (T, H, W, channels).
+        The whole request is checked at once, so that a wrong one fails before the first chunk is asked for.
         """
         self._autoencoder()
         if unknown := sorted(options.keys() - RunOptions.__annotations__.keys()):
             raise TypeError(f"unknown option {unknown[0]}; known: {', '.join(RunOptions.__annotations__)}")
         if frames < 1:
-            raise UsageError("frames: there must be at least one to make")
-        model, sampling = self.config.model, self.config.sampling
-        solver = sampler_for(self.process, sampling, name=options.get("sampler"), steps=options.get("steps"))
+            raise UsageError(f"frames: {frames} must be at least one")
+        length, sampling = self.config.model.chunk_frames, self.config.sampling
+        sampler = sampler_for(self.process, sampling, name=options.get("sampler"), steps=options.get("steps"))
         videos = list(options.get("videos", (0,)))
         if not videos:
-            raise UsageError("videos: there must be at least one to make")
+            raise UsageError("videos: there must be at least one")
         strategy = options.get("strategy", "cached")
         contexts.check(strategy, "strategy")
         caption = self._caption(options, len(videos))
@@ -235,47 +239,35 @@ class Pipeline:
             strategy,
             len(videos) * (2 if caption is not None and caption.guided else 1),
             context_frames=options.get("context_frames"),
-            timesteps=solver.timesteps,
+            timesteps=sampler.timesteps,
         )
-        chunks = math.ceil(frames / model.chunk_frames)
-        start = 0 if given is None else len(given)
-        context.window.check_length(start + chunks * model.chunk_frames)
-        shape = (model.in_channels, model.chunk_frames, model.latent_height, model.latent_width)
-        noise = SeededNoise(options.get("seed", 0), videos, shape, self.model.device)
-
-        def latents(given: Tensor | None) -> Iterator[LatentChunk]:
-            return generate(
-                context,
-                self.process,
-                solver,
-                noise,
-                chunks,
-                given=given,
-                caption=caption,
-                on_step=options.get("on_step"),
-            )
-
-        return self._stream(frames, len(videos), given, context, latents)
+        chunks = math.ceil(frames / length)
+        context.window.check_length((0 if given is None else len(given)) + chunks * length)
+        noise = SeededNoise(options.get("seed", 0), videos, self.config.model.chunk_shape, self.model.device)
+        run = partial(
+            generate, context, self.process, sampler, noise, chunks, caption=caption, on_step=options.get("on_step")
+        )
+        return self._stream(frames, len(videos), given, context, run)
 
     def _caption(self, options: RunOptions, videos: int) -> Caption | None:
-        """What the videos are conditioned on; None for a model without text."""
+        """The caption that the videos follow; None for a model without text."""
         prompt, guidance, caption = options.get("prompt"), options.get("guidance"), options.get("caption")
         if prompt is None:
             if guidance is not None:
-                raise UsageError("guidance: there is no prompt to follow; give one (--prompt TEXT)")
+                raise UsageError("guidance: there is no prompt to follow; give one")
             return caption or stored_caption(self.model, videos)
         if caption is not None:
-            raise UsageError("prompt: there is a caption already; leave one of them out")
+            raise UsageError("prompt: there is a caption already; leave out one of them")
         stored, config = self.model.unconditional_caption(videos), self.config
         if stored is None:
             raise UsageError(f"preset {self.preset.name}: its model has no text; leave out the prompt")
         if config.text is None:
             raise UsageError(
-                f"preset {self.preset.name}: it names no text encoder; leave out the prompt, or --set text.path=FOLDER"
+                f"preset {self.preset.name}: it names no text encoder; leave out the prompt, or set text.path"
             )
         if self._text_encoder is None:
-            kind = torch.bfloat16 if self.model.dtype is torch.bfloat16 else torch.float32
-            self._text_encoder = TextEncoder(config.text, config.model, self.model.device, kind)
+            dtype = torch.bfloat16 if self.model.dtype is torch.bfloat16 else torch.float32
+            self._text_encoder = TextEncoder(config.text, config.model, self.model.device, dtype)
         text = self._text_encoder([prompt] * videos, stored)
         return Caption(*text, config.sampling.guidance if guidance is None else guidance)
 
@@ -285,14 +277,14 @@ class Pipeline:
         videos: int,
         given: Frames | None,
         context: Context,
-        run: Callable[[Tensor | None], Iterator[LatentChunk]],
+        run: Callable[..., Iterator[LatentChunk]],
     ) -> Iterator[VideoChunk]:
-        """Encode what is given, and decode chunk after chunk until there are enough frames."""
+        """Encode the given frames, then decode chunk after chunk until there are enough frames."""
         began = time.perf_counter()
         latents = None if given is None else self.encode(given[None]).expand(videos, -1, -1, -1, -1)
         synchronize(self.model.device)
         encode_seconds = time.perf_counter() - began
-        for chunk in run(latents):
+        for chunk in run(given=latents):
             check_finite(chunk.latents, chunk.first_frame, self.model.dtype)
             decoding = time.perf_counter()
             pixels = self.decode(chunk.latents[:, :, :frames])
@@ -311,19 +303,13 @@ class Pipeline:
     @torch.inference_mode()
     def encode(self, frames: Frames) -> Tensor:
         """Pixels (B, T, H, W, channels) uint8 at the model's size -> latents (B, C, T, h, w)."""
-        autoencoder, latents = self._autoencoder(), []
-        for part in torch.from_numpy(np.ascontiguousarray(frames)).flatten(0, 1).split(FRAMES_AT_ONCE):
-            pixels = part.to(self.model.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            latents.append(autoencoder.encode(pixels))
-        return torch.cat(latents).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.model.device)
+        return encode_video(self._autoencoder(), to_floats(pixels))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Frames:
         """Latents (B, C, T, h, w) -> pixels (B, T, H, W, channels) uint8."""
-        pixels = self._autoencoder().decode(latents.transpose(1, 2).flatten(0, 1))
-        pixels = pixels.unflatten(0, (latents.shape[0], latents.shape[2])).permute(0, 1, 3, 4, 2)
-        out: Frames = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-        return out
+        return decode_video(self._autoencoder(), latents).cpu().numpy()
 
     def _autoencoder(self) -> Autoencoder:
         if self.autoencoder is None:
@@ -331,78 +317,42 @@ class Pipeline:
         return self.autoencoder
 
 
-def find_weights(
-    preset: str | Path | None, checkpoint: str | Path | None, overrides: Sequence[str] = ()
-) -> tuple[LoadedPreset, Path | None]:
-    """The preset and the weights file that ``--preset`` and ``--checkpoint`` mean together.
-
-    A checkpoint that lies beside a ``preset.yaml``, as training leaves it, brings that preset with it.
-    """
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.is_dir():
-        if not (path / PRESET_FILE).is_file():
-            raise UsageError(f"--checkpoint {path}: a folder without {PRESET_FILE}; name the weights file itself")
-        if preset is not None:
-            raise UsageError(f"--checkpoint {path}: the folder has a preset of its own; leave out --preset {preset}")
-        loaded = load_preset(path, overrides)
-        return loaded, loaded.weights_path
-    if path is not None and not path.is_file():
-        raise UsageError(f"--checkpoint {path}: no such file")
-    if preset is None and path is not None and (path.parent / PRESET_FILE).is_file():
-        preset = path.parent
-    loaded = load_preset(preset or DEFAULT_PRESET, overrides)
-    return loaded, path or loaded.weights_path
-
-
 def _load_autoencoder(preset: LoadedPreset, device: torch.device) -> Autoencoder | None:
-    """The preset's autoencoder, or None for a preset that works on latents only."""
-    config = preset.config
+    """The preset's autoencoder; None for a preset that works on latents only."""
+    config, weights = preset.config, preset.autoencoder_weights_path
     if config.video is None:
         return None
-    if autoencoders[config.autoencoder.kind].trained_here and preset.autoencoder_weights_path is None:
+    if autoencoders[config.autoencoder.kind].trained_here and weights is None:
         raise UsageError(
-            f"preset {preset.name}: its autoencoder has no weights; use --preset with the folder of a training run, or "
-            "name a file beside the preset as autoencoder_weights"
+            f"preset {preset.name}: its autoencoder has no weights; use the folder of a training run as preset, or "
+            "set autoencoder_weights to a file beside the preset"
         )
-    weights = preset.autoencoder_weights_path
     return load_autoencoder(config.autoencoder, config.video, config.model.in_channels, weights).to(device)
 
 
-def check_finite(made: Tensor, frame: int, dtype: torch.dtype) -> None:
-    """Stop at numbers that are none, which would be written as black frames and compared as equal.
+def check_finite(output: Tensor, frame: int, dtype: torch.dtype) -> None:
+    """Raise if the model's output contains NaN or infinity, which would be written as black frames or compare as equal.
 
     Args:
-        made: by the model.
-        frame: number of the first frame of it.
-        dtype: the model's.
+        output: output of the model.
+        frame: number of its first frame.
+        dtype: the model's dtype.
 
     Raises:
-        UserError: there are some.
+        UserError: it does.
     """
-    if not made.isfinite().all():
-        kind = str(dtype).removeprefix("torch.")
-        advice = "use other weights" if dtype is torch.float32 else "try --dtype float32, or other weights"
-        raise UserError(f"frame {frame}: the model's output is not finite in {kind}; {advice}")
-
-
-@torch.no_grad()
-def randomize(model: CausalVideoTransformer) -> None:
-    """Random weights in every branch (those that start at zero included), so that exactness checks can fail."""
-    for parameter in model.parameters():
-        if parameter.count_nonzero() == 0:
-            if parameter.ndim > 1:
-                torch.nn.init.xavier_uniform_(parameter, gain=0.5)  # all of it saturates the attention of deep models
-            else:
-                torch.nn.init.normal_(parameter, std=0.02)
+    if not output.isfinite().all():
+        advice = "use other weights" if dtype is torch.float32 else "try dtype float32, or other weights"
+        raise UserError(f"frame {frame}: the model's output is not finite in {dtype_name(dtype)}; {advice}")
 
 
 def _repeat(given: Frames, options: RunOptions) -> Frames:
-    """The same given frames (T, H, W, channels) for each of the videos: (B, T, H, W, channels)."""
+    """Repeat the given frames (T, H, W, channels) for each video: (B, T, H, W, channels)."""
     return np.stack([given] * len(options.get("videos", (0,))))
 
 
 def _after(given: Frames, chunks: Iterator[VideoChunk]) -> Iterator[VideoChunk]:
-    """The given frames, joined to the first chunk."""
+    """Prepend the given frames to the first chunk."""
     first = next(chunks)
     yield replace(first, frames=np.concatenate([given, first.frames], axis=1))
     yield from chunks

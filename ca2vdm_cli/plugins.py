@@ -210,9 +210,9 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
         return max(available, key=lambda backend: backend.priority)  # never empty: eager runs everywhere
     backends.check(name, "--backend")
     if reason := why_unavailable(backends[name], device, dtype):
-        raise UsageError(
-            f"--backend: {name} is unavailable on {device} in {str(dtype).removeprefix('torch.')}: {reason}"
-        )
+        from .runtime import dtype_name  # imports torch
+
+        raise UsageError(f"--backend: {name} is unavailable on {device} in {dtype_name(dtype)}: {reason}")
     return backends[name]
 
 

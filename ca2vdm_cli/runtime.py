@@ -1,4 +1,4 @@
-"""The machine: devices, number formats, clocks and memory."""
+"""The machine: devices, dtypes, synchronization and memory."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .errors import UsageError, first_line
 
 
 class Dtype(str, Enum):
-    """Number format of the model's weights, activations and cache."""
+    """Dtype of the model's weights, activations and cache."""
 
     AUTO = "auto"
-    """bfloat16 where the processor computes in it natively, else float32."""
+    """bfloat16 if the device computes in it natively, else float32."""
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` (a GPU if there is one; of several processes each its own) or any device name of PyTorch.
+    """The device with this name, as PyTorch names it. ``auto`` is a GPU if there is one; each process gets its own.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: there is no such device on this machine.
     """
     if name == "auto":
         if not torch.cuda.is_available():
@@ -44,12 +44,12 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: not available here ({first_line(error)}); try --device cpu") from None
+        raise UsageError(f"device {name}: not available here ({first_line(error)}); try cpu") from None
     return device
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware, rather than converting to float32 and back."""
+    """Whether the device multiplies bfloat16 matrices in hardware instead of converting to float32 and back."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
@@ -66,23 +66,28 @@ def native_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The PyTorch type that ``--dtype`` means on this device."""
+    """The PyTorch dtype that a setting stands for on this device."""
     if dtype is Dtype.AUTO:
         return torch.bfloat16 if native_bfloat16(device) else torch.float32
-    kind: torch.dtype = getattr(torch, dtype.value)
-    return kind
+    resolved: torch.dtype = getattr(torch, dtype.value)
+    return resolved
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told, so that clocks tell the truth."""
+    """Wait until the device has finished its queued work, so that timings are correct."""
     if device.type in ("cuda", "xpu"):
-        getattr(torch, device.type).synchronize(device)  # by default that of the current device, not of this one
+        getattr(torch, device.type).synchronize(device)  # the default is the current device
     else:
         getattr(getattr(torch, device.type, None), "synchronize", lambda: None)()
 
 
-def processor(device: torch.device) -> str:
-    """What computes: the name of the processor, or of the GPU."""
+def device_name(device: torch.device) -> str:
+    """Name of the CPU or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
@@ -94,7 +99,7 @@ def processor(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest: of the process on a CPU (libraries included), of PyTorch's allocations on a GPU."""
+    """Peak bytes: of the process on a CPU (libraries included), of PyTorch's allocations on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -102,7 +107,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had: of the GPU, or of the machine, where the system tells."""
+    """Free bytes of the GPU or of the machine; None if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
@@ -111,7 +116,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory now, libraries included; the highest so far where only that is known."""
+    """Bytes of this process in memory now, libraries included; the peak so far if the system reports only that."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS:"))
@@ -120,11 +125,11 @@ def resident_memory() -> int:
 
 
 class PeakMemory:
-    """By how much memory rises at the highest, from now on.
+    """Measures by how much memory rises, at its peak, from now on.
 
-    On Linux, memory that was freed is first returned to the system and the kernel's high-water mark is reset, so do
-    not time the same stretch; where that can't be done only a rise above the process's earlier peak is seen. On a GPU
-    it is PyTorch's allocations.
+    On Linux, freed memory is first returned to the system and the kernel's high-water mark is reset; don't time the
+    same section. If that is not possible, only a rise above the process's earlier peak is seen. On a GPU, PyTorch's
+    allocations are measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -143,7 +148,7 @@ class PeakMemory:
                 self._before = self._resident("VmHWM")
 
     def growth(self) -> int:
-        """Bytes above the start, at the highest."""
+        """Peak bytes above the start."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._before
         return max(0, self._resident("VmHWM") - self._before)

@@ -1,6 +1,6 @@
-"""Captions and prompts as embeddings, by a T5 encoder of the transformers library.
+"""Embeds captions and prompts with a T5 encoder of the transformers library.
 
-Weights are read from safetensors only, and no code comes with them.
+Weights are read from safetensors files only, and no code is loaded with them.
 
 Shape letters: B captions, M text tokens of the model, n real tokens of one caption, E ``model.text_channels``.
 """
@@ -19,24 +19,24 @@ from torch import Tensor
 from .config import ModelConfig, TextConfig
 from .errors import UserError
 
-KEPT_BYTES = 2**28
-"""Embeddings that are kept, so that a caption that comes again need not be encoded again."""
+CACHE_BYTES = 2**28
+"""Size of the cache of embeddings, so that a repeated caption is not encoded again."""
 
 
 class TextEncoder:
     """A frozen T5 encoder with its tokenizer.
 
-    A caption is encoded on its own and without padding, so its embedding depends neither on the captions beside it nor
-    on how many processes there are, and only real tokens cost time.
+    Each caption is encoded alone and without padding, so its embedding depends neither on the rest of the batch nor on
+    the number of processes, and only real tokens cost time.
 
     Args:
         config: which encoder.
-        model: how many tokens a caption has at most, and how wide their embeddings have to be.
-        device: where it runs.
-        dtype: of its weights. T5 overflows in float16: float32 or bfloat16.
+        model: sets the largest number of tokens of a caption and the width of their embeddings.
+        device: device of the encoder.
+        dtype: dtype of the encoder's weights, float32 or bfloat16 (T5 overflows in float16).
 
     Raises:
-        UserError: it can't be loaded, or does not fit the model.
+        UserError: the encoder can't be loaded, or does not fit the model.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TextEncoder:
                 self.tokenizer: Any = AutoTokenizer.from_pretrained(
                     config.path, subfolder=config.tokenizer_folder, trust_remote_code=False
                 )
-                self.model, found = T5EncoderModel.from_pretrained(
+                self.model, info = T5EncoderModel.from_pretrained(
                     config.path,
                     subfolder=config.encoder_folder,
                     dtype=dtype,
@@ -63,9 +63,9 @@ class TextEncoder:
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"text.path: no T5 encoder can be loaded from {config.path}: {reason}") from error
-        if found["missing_keys"]:
-            first = min(found["missing_keys"])
-            raise UserError(f"text.path: {config.path} is no T5 encoder: it has no weights for {first}")
+        if info["missing_keys"]:
+            first = min(info["missing_keys"])
+            raise UserError(f"text.path: {config.path} is not a T5 encoder: it has no weights for {first}")
         theirs = self.model.config
         if theirs.d_model != model.text_channels:
             raise UserError(
@@ -79,19 +79,19 @@ class TextEncoder:
             )
         self.model.to(device).eval().requires_grad_(False)
         self.device, self.tokens = device, model.text_tokens
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()  # the least recently used first
-        self._kept_bytes = 0
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()  # least recently used first
+        self._cache_bytes = 0
 
     def __call__(
         self, captions: Sequence[str | None], stored: tuple[Tensor, Tensor], dropped: Sequence[bool] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, M, E) of captions, and their mask (B, M), true at real tokens.
+        """Embeddings (B, M, E) of captions, and their mask (B, M), True at real tokens.
 
         Args:
-            captions: None and blank ones become the stored caption.
-            stored: the model's unconditional caption and its mask, a row for each (``unconditional_caption``).
-            dropped: which of them become the stored caption although there is one; it is seen through the mask of the
-                caption that it replaces, as guidance does it.
+            captions: None and blank captions are replaced by the stored one.
+            stored: the model's unconditional caption and its mask, one row per caption (``unconditional_caption``).
+            dropped: which captions to replace by the stored one. The mask remains that of the dropped caption, as under
+                guidance.
         """
         embeddings, mask = (part.clone() for part in stored)
         for row, caption in enumerate(captions):
@@ -105,26 +105,26 @@ class TextEncoder:
         return embeddings, mask
 
     def _tokenize(self, caption: str) -> list[int]:
-        """Numbers of the tokens, at most M."""
+        """Token ids, at most M."""
         ids: list[int] = self.tokenizer(caption, truncation=True, max_length=self.tokens)["input_ids"]
         return ids
 
     @torch.no_grad()
     def _embed(self, caption: str, ids: list[int]) -> Tensor:
         """Embedding of one caption, (n, E)."""
-        known = self._kept.pop(caption, None)
-        if known is None:
-            known = self.model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state[0]
-            self._kept_bytes += known.nbytes
-        self._kept[caption] = known
-        while self._kept_bytes > KEPT_BYTES:
-            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
-        return known
+        embedding = self._cache.pop(caption, None)
+        if embedding is None:
+            embedding = self.model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state[0]
+            self._cache_bytes += embedding.nbytes
+        self._cache[caption] = embedding
+        while self._cache_bytes > CACHE_BYTES:
+            self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return embedding
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Neither progress bars nor reports of what a whole T5 has beside its encoder."""
+    """Suppress progress bars and reports of the T5 decoder's unused weights."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Autoencoders: shapes, what they promise about latents, that training helps, and errors that name the mismatch."""
+"""Autoencoders: shapes, properties of the latents, training, and errors that name the mismatch."""
 
 import sys
 from pathlib import Path
@@ -43,8 +43,8 @@ def test_shapes_range_and_determinism(downsample: int, channels: int, in_channel
     assert torch.allclose(autoencoder.decode(5 * latents[:1]), frames[:1], atol=1e-5)
 
 
-def test_latents_move_with_the_picture() -> None:
-    """The promise that makes them easy to learn: a shift by a latent pixel shifts the latents and no more."""
+def test_latents_shift_with_the_picture() -> None:
+    """A shift by whole latent pixels shifts the latents and changes nothing else, which makes them easy to learn."""
     frame = torch.full((1, 1, 192, 192), -1.0)
     frame[..., 72:104, 72:104] = digits(1)
     autoencoder = random_autoencoder()
@@ -81,7 +81,7 @@ def test_lowpass_latents_are_smoothed_frames_and_only_the_decoder_learns() -> No
     flat = torch.rand(2, 1, 1, 1).expand(-1, 1, 32, 32)
     assert torch.allclose(autoencoder.encoder(flat), flat[..., ::4, ::4], atol=1e-6)
     bump = torch.zeros(1, 1, 32, 32)
-    bump[..., 13, 17] = 1  # between the latent pixels around it, by how near they are
+    bump[..., 13, 17] = 1  # weights of the latent pixels around it depend on their distance
     seen = autoencoder.encoder(bump)[0, 0]
     assert torch.allclose(seen.sum(), torch.tensor(1 / 16)) and seen.argmax() == 3 * 8 + 4
 
@@ -94,7 +94,7 @@ def test_lowpass_latents_are_smoothed_frames_and_only_the_decoder_learns() -> No
     assert F.mse_loss(autoencoder.decode(latents), frames) < 0.6 * F.mse_loss(enlarged, frames)
 
 
-def test_saved_and_loaded_it_is_the_same_up_to_half_precision(tmp_path: Path) -> None:
+def test_saving_and_loading_rounds_to_half_precision(tmp_path: Path) -> None:
     autoencoder, path, frames = random_autoencoder().train(), tmp_path / "autoencoder.safetensors", digits(2)
     autoencoder.encode(frames)  # measures the latents' mean and variance
     autoencoder.eval()
@@ -129,7 +129,7 @@ def test_impossible_configurations_are_refused() -> None:
         AutoencoderConfig(kind="diffusers")
 
 
-def test_shipped_weights_reconstruct_sharply_even_from_noisy_latents() -> None:
+def test_shipped_weights_reconstruct_well_even_from_noisy_latents() -> None:
     preset = load_preset("moving-digits")
     config = preset.config
     assert config.video is not None and preset.autoencoder_weights_path is not None

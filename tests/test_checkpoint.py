@@ -1,4 +1,4 @@
-"""Weights on disk: published formats are read, misfits are named, and nothing in a file is ever run."""
+"""Weights on disk: published formats are read, mismatches are named, and no code in a file is ever run."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ MakeModel = Callable[..., CausalVideoTransformer]
 
 @pytest.fixture
 def weights(make_model: MakeModel) -> dict[str, Tensor]:
-    """A state dict that differs from what ``make_model`` gives."""
+    """A state dict that differs from that of ``make_model``."""
     return {key: value + 1 for key, value in make_model().state_dict().items()}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
+def assert_same(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], value) for key, value in expected.items())
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """The one line that a call ends in."""
+    """The one-line error that a call raises."""
     with pytest.raises(UserError) as error:
         call()
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------ what is read
+# ------------------------------------------------------------------------------------------------------ reading
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])
 @pytest.mark.parametrize(
     "wrap",
@@ -83,7 +83,7 @@ def test_half_precision_weights_are_converted(weights: dict[str, Tensor], make_m
     assert_same(model.state_dict(), {key: value.half().float() for key, value in weights.items()})
 
 
-def test_what_was_saved_comes_back_with_its_metadata(weights: dict[str, Tensor], tmp_path: Path) -> None:
+def test_saved_tensors_and_metadata_are_loaded(weights: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "model.safetensors"
     save_tensors(path, weights, {"step": "7"})
     save_tensors(path, weights, {"step": "8"})  # an existing file is replaced
@@ -93,14 +93,14 @@ def test_what_was_saved_comes_back_with_its_metadata(weights: dict[str, Tensor],
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
-def test_a_misfit_names_the_tensor_and_both_shapes(weights: dict[str, Tensor], make_model: MakeModel) -> None:
+# ---------------------------------------------------------------------------------------------------- errors
+def test_a_mismatch_names_the_tensor_and_both_shapes(weights: dict[str, Tensor], make_model: MakeModel) -> None:
     model = make_model()
-    kept = {key: value.clone() for key, value in model.state_dict().items()}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     weights["blocks.1.mlp.fc1.weight"] = torch.zeros(64, 32)
     message = refusal(lambda: load_weights(model, weights, "mine.pt"))
     assert message.startswith("mine.pt: blocks.1.mlp.fc1.weight has shape (64, 32), the model wants (128, 32)")
-    assert_same(model.state_dict(), kept)
+    assert_same(model.state_dict(), before)
 
 
 def test_missing_and_left_over_keys_are_reported(weights: dict[str, Tensor], make_model: MakeModel) -> None:
@@ -115,13 +115,13 @@ def test_missing_and_left_over_keys_are_reported(weights: dict[str, Tensor], mak
     assert "1 tensors have no place in the model, the first other.weight" in message
     report = load_weights(model, weights, "mine.pt", partial=True, extra=True)
     assert report.missing == missing and set(report.matched) == set(model.state_dict()) - set(missing)
-    assert report.left_over == ("other.weight",), "bov_token is in published checkpoints and never read"
+    assert report.left_over == ("other.weight",), "bov_token is in published checkpoints but never read"
     assert torch.equal(model.state_dict()["final_layer.linear.bias"], before)
     assert "are missing" in refusal(lambda: load_weights(model, {"a": torch.zeros(1)}, "mine.pt", partial=True))
 
 
 class Payload:
-    """Unpickled without care, this makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -140,7 +140,7 @@ def test_a_file_that_would_run_code_is_refused(kind: str, tmp_path: Path) -> Non
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     assert refusal(lambda: read_published(path)).startswith(f"{path}: not a plain checkpoint of tensors")
     assert not mark.exists()
-    if kind == "bare":  # the danger is real
+    if kind == "bare":  # unpickling it does run code
         pickle.loads(path.read_bytes())
         assert mark.exists()
 
@@ -168,7 +168,7 @@ def test_truncated_and_damaged_files_are_refused_in_one_line(
         path.write_bytes(whole[:size])
         assert refusal(lambda: read_published(path)).startswith(f"{path}: not a ")
     draw = torch.Generator().manual_seed(0)
-    for _ in range(200):  # damage near the front, where the structure is, is noticed or it does no harm
+    for _ in range(200):  # damage in the header is either noticed or harmless
         damaged = bytearray(whole)
         for place in torch.randint(min(600, len(whole)), (3,), generator=draw):
             damaged[place] = int(torch.randint(256, (), generator=draw))
@@ -185,7 +185,7 @@ def test_truncated_and_damaged_files_are_refused_in_one_line(
 def test_a_file_without_a_state_dict_is_refused(content: object, tmp_path: Path) -> None:
     path = tmp_path / "other.pt"
     torch.save(content, path)
-    assert "holds no state dict of tensors, neither bare nor under ema, model, state_dict" in refusal(
+    assert "no state dict of tensors, neither at the top level nor under ema, model, state_dict" in refusal(
         lambda: read_published(path)
     )
 

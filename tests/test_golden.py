@@ -1,4 +1,4 @@
-"""Every recorded run of the published code (see golden/README.md), through every built-in backend."""
+"""Every recorded run of the published code (see golden/README.md), on every built-in backend."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ WINDOWS = {"window_cached", "window_recompute"}
 VIDEOS = {"video_cached", "video_recompute"}
 
 FLOAT32 = 2e-5
-"""Largest difference in float32; 5e-6 were measured. A wrong frame, position or mask makes 1e-2 and more."""
+"""Largest difference in float32; 5e-6 was measured. A wrong frame, position or mask causes 1e-2 or more."""
 BFLOAT16 = 0.02
-"""Largest difference in bfloat16, as a share of the largest number recorded; 0.01 were measured, and one rounding of
-bfloat16 is 0.004. Only single forwards are compared: in a whole video every rounding is fed back into the next of 60
-steps, which tells more about the weights than about the code."""
+"""Largest difference in bfloat16, as a share of the largest recorded value; 0.01 was measured, and one rounding of
+bfloat16 is 0.004. Only single forwards are compared: in a whole video, rounding errors are fed back over 60 steps, and
+the result says more about the weights than about the code."""
 
 every_file = pytest.mark.parametrize("name", ["cyclic_prev2", "mask_channel", "text_guided"])
 
 
 def compiles(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test that needs PyTorch's compiler, whose import warns of its own old parts."""
+    """Mark a test that needs PyTorch's compiler, whose import gives deprecation warnings."""
     reason = backends["compile"].unavailable(CPU, torch.float32)
     test = pytest.mark.skipif(reason is not None, reason=f"compile: {reason}")(test)
     return pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")(test)
 
 
 def differences(name: str, backend: str, only: set[str], dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Largest absolute difference from each of the recorded tensors, for bfloat16 as a share of the largest number."""
+    """Largest absolute difference from each recorded tensor; for bfloat16, as a share of its largest value."""
     run = RecordedRun(GOLDEN / f"{name}.safetensors")
     for tensor in (WINDOWS | VIDEOS) - only:
-        del run.tensors[f"expected.{tensor}"]  # what a file lacks is not checked
-    found = {each.name: each.difference for each in run.compare(run.model(backends[backend], CPU, dtype))}
-    assert found.keys() == only
+        del run.tensors[f"expected.{tensor}"]  # tensors that are not recorded are not checked
+    largest = {each.name: each.difference for each in run.compare(run.model(backends[backend], CPU, dtype))}
+    assert largest.keys() == only
     if dtype is torch.bfloat16:
-        return {key: value / float(run.tensors[f"expected.{key}"].abs().max()) for key, value in found.items()}
-    return found
+        return {key: value / float(run.tensors[f"expected.{key}"].abs().max()) for key, value in largest.items()}
+    return largest
 
 
 def test_every_file_is_tested() -> None:
@@ -59,22 +59,22 @@ def test_every_file_is_tested() -> None:
 @every_file
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_float32(name: str, backend: str) -> None:
-    found = differences(name, backend, WINDOWS | VIDEOS)
-    assert max(found.values()) < FLOAT32, found
+    largest = differences(name, backend, WINDOWS | VIDEOS)
+    assert max(largest.values()) < FLOAT32, largest
 
 
 @every_file
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_bfloat16(name: str, backend: str) -> None:
-    found = differences(name, backend, WINDOWS, torch.bfloat16)
-    assert max(found.values()) < BFLOAT16, found
+    largest = differences(name, backend, WINDOWS, torch.bfloat16)
+    assert max(largest.values()) < BFLOAT16, largest
 
 
-# PyTorch's compiler has two halves: the first traces the blocks, guards the trace and separates what is changed in
-# place; the second makes machine code of it, which takes seconds a graph. The first is where our code can go wrong.
+# PyTorch's compiler has two halves. The first traces the blocks, guards the trace and handles in-place changes; the
+# second generates machine code, which takes seconds per graph. Only the first depends on our code.
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first half alone."""
+    """Compile with the first half only."""
     compile_fully = nn.Module.compile
 
     def trace(block: nn.Module, **settings: Any) -> None:
@@ -86,32 +86,31 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @compiles
 def test_compiled_float32() -> None:
-    found = differences("cyclic_prev2", "compile", {"window_cached", "video_cached"})
-    assert max(found.values()) < FLOAT32, found
+    largest = differences("cyclic_prev2", "compile", {"window_cached", "video_cached"})
+    assert max(largest.values()) < FLOAT32, largest
 
 
 @compiles
 @every_file
 @pytest.mark.usefixtures("traced")
 def test_traced_float32(name: str) -> None:
-    found = differences(name, "compile", WINDOWS)
-    assert max(found.values()) < FLOAT32, found
+    largest = differences(name, "compile", WINDOWS)
+    assert max(largest.values()) < FLOAT32, largest
 
 
 @compiles
 @pytest.mark.usefixtures("traced")
 def test_traced_bfloat16() -> None:
-    found = differences("cyclic_prev2", "compile", WINDOWS, torch.bfloat16)
-    assert max(found.values()) < BFLOAT16, found
+    largest = differences("cyclic_prev2", "compile", WINDOWS, torch.bfloat16)
+    assert max(largest.values()) < BFLOAT16, largest
 
 
 @compiles
 @pytest.mark.usefixtures("traced")
 def test_nothing_is_compiled_after_the_first_chunk() -> None:
-    """Nor when the window slides and the ring wraps, nor for another video, nor when that begins from nothing."""
+    """Nor when the window slides and the ring wraps, nor for another video, even one that starts from nothing."""
     run = RecordedRun(GOLDEN / "cyclic_prev2.safetensors")
     model, config = run.model(backends["compile"], CPU, torch.float32), run.config
-    shape = (config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
 
     class Watched(CachedContext):
         def append(self, latents: Tensor) -> None:
@@ -120,15 +119,16 @@ def test_nothing_is_compiled_after_the_first_chunk() -> None:
                 torch.compiler.set_stance("fail_on_recompile")
 
     def video(given: Tensor | None, videos: int = 2) -> None:
-        context, noise = Watched(model, KVCache(config, videos)), SeededNoise(0, list(range(videos)), shape, CPU)
+        context = Watched(model, KVCache(config, videos))
+        noise = SeededNoise(0, range(videos), config.chunk_shape, CPU)
         for _ in generate(context, run.process, DdimSampler(run.process, 2), noise, 8, given=given):
             pass
         assert context.frames > 2 * context.window.slots
 
     try:
-        video(torch.randn(2, shape[0], 1, *shape[2:]))
+        video(torch.randn(2, config.in_channels, 1, config.latent_height, config.latent_width))
         video(None)
-        with pytest.raises(RuntimeError, match="recompile"):  # it would have been noticed
+        with pytest.raises(RuntimeError, match="recompile"):  # the check works
             video(None, videos=3)
     finally:
         torch.compiler.set_stance("default")

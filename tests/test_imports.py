@@ -18,8 +18,8 @@ FOLDERS = {"ca2vdm_cli": "ca2vdm_cli", "ca2vdm_backends": "backends", "ca2vdm_pr
 BASE = {"errors", "config"}
 METHOD = BASE | {"model", "plugins"}
 GENERATE = METHOD | {"generate", "runtime"}
-VIDEO = BASE | {"interrupts", "video_io", "data", "checkpoint", "plugins"}
-PIPELINE = GENERATE | VIDEO | {"presets", "autoencoder", "text_encoder", "pipeline"}
+VIDEO = BASE | {"interrupts", "video_io", "video_codec", "data", "checkpoint", "plugins"}
+PIPELINE = GENERATE | VIDEO | {"presets", "loading", "autoencoder", "text_encoder", "pipeline"}
 
 # What each package (or module at the top level) may import, itself aside.
 ALLOWED: dict[str, set[str]] = {
@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "builtins": {"hookspecs", "lazy"},
     "config": set(),
     "model": BASE,
-    "plugins": {"builtins", "errors", "hookspecs", "lazy", "model"},
+    "plugins": {"builtins", "errors", "hookspecs", "lazy", "model", "runtime"},
     "presets": BASE | {"plugins"},
     "runtime": {"errors"},
     "checkpoint": {"errors"},
@@ -41,6 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "video_metrics": {"plugins", "video_io"},
     "data": VIDEO,
     "autoencoder": BASE | {"checkpoint", "plugins"},
+    "video_codec": {"autoencoder"},
+    "loading": METHOD | {"checkpoint", "presets"},
     "pipeline": PIPELINE,
     "processes": BASE | {"runtime"},
     "training": PIPELINE | {"interrupts", "processes", "terminal"},

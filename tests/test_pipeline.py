@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 import ca2vdm_cli
 from ca2vdm_cli.__main__ import main
 from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.generate.context import RecomputedContext
+from ca2vdm_cli.generate.samplers import DrawNoise
 from ca2vdm_cli.pipeline import Pipeline, VideoChunk
 
 CPU: Any = {"device": "cpu", "backend": "eager", "dtype": "float32"}
@@ -21,7 +23,7 @@ CHUNK, WINDOW = 4, 9  # of the tiny preset
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny preset after three steps, large ones, so that what it makes depends on the context."""
+    """The tiny preset after three large training steps, so that its videos depend on the context."""
     folder = tmp_path_factory.mktemp("trained") / "weights"
     settings = ["--set", "training.learning_rate=0.03", "--set", "training.autoencoder_steps=2"]
     flags = ["--device", "cpu", "--backend", "eager", "--quiet", *settings]
@@ -36,7 +38,7 @@ def pipeline(weights: Path) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def given() -> np.ndarray:
-    """A clip (T, H, W, channels) of the model's size and longer than its window."""
+    """A clip (T, H, W, channels) at the model's size, longer than its window."""
     return np.random.default_rng(0).integers(0, 256, (12, 32, 32, 1), np.uint8)
 
 
@@ -51,7 +53,7 @@ def apart(frames: np.ndarray, others: np.ndarray) -> int:
 
 def test_what_the_package_offers() -> None:
     assert ca2vdm_cli.Pipeline is Pipeline
-    assert {"Pipeline", "VideoChunk", "UserError", "load_preset", "backends"} <= set(dir(ca2vdm_cli))
+    assert {"Pipeline", "RunOptions", "VideoChunk", "UserError", "load_preset", "backends"} <= set(dir(ca2vdm_cli))
     assert all(hasattr(ca2vdm_cli, name) for name in ca2vdm_cli.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Pipelines'"):
         ca2vdm_cli.Pipelines  # noqa: B018
@@ -64,7 +66,7 @@ def test_sample_yields_chunks(pipeline: Pipeline) -> None:
     assert [chunk.frames.shape for chunk in chunks] == [(1, 4, 32, 32, 1), (1, 4, 32, 32, 1), (1, 2, 32, 32, 1)]
     assert {chunk.frames.dtype for chunk in chunks} == {np.dtype(np.uint8)}
     assert all(chunk.denoise_seconds > 0 and chunk.decode_seconds > 0 for chunk in chunks)
-    assert chunks[0].write_seconds < chunks[2].write_seconds  # nothing comes before the first chunk
+    assert chunks[0].write_seconds < chunks[2].write_seconds  # nothing precedes the first chunk
     assert {chunk.context_bytes for chunk in chunks} == {2 * 2 * (WINDOW + CHUNK + 3) * 16 * 48 * 4}
 
 
@@ -78,7 +80,7 @@ def test_chunks_come_one_at_a_time(pipeline: Pipeline) -> None:
     assert seen[3:] == [(1, 1), (1, 2), (1, 3)]
 
 
-def test_a_pipeline_can_be_used_again(pipeline: Pipeline, given: np.ndarray) -> None:
+def test_a_pipeline_can_be_reused(pipeline: Pipeline, given: np.ndarray) -> None:
     first = joined(list(pipeline.sample(6)))
     interleaved = pipeline.sample(6)
     begun = next(interleaved)
@@ -89,13 +91,13 @@ def test_a_pipeline_can_be_used_again(pipeline: Pipeline, given: np.ndarray) -> 
 def test_videos_are_batched(pipeline: Pipeline) -> None:
     both = joined(list(pipeline.sample(6, videos=[0, 3])))
     assert both.shape == (2, 6, 32, 32, 1)
-    assert apart(both[1:], joined(list(pipeline.sample(6, videos=[3])))) <= 1  # another batch size rounds differently
+    assert apart(both[1:], joined(list(pipeline.sample(6, videos=[3])))) <= 1  # rounding depends on the batch size
     assert apart(both[:1], both[1:]) > 20
 
 
 def test_first_frame(pipeline: Pipeline, given: np.ndarray) -> None:
     chunks = list(pipeline.sample(10, first_frame=given[0], videos=[0, 1]))
-    assert [chunk.frames.shape[1] for chunk in chunks] == [5, 4, 1]  # the given frame comes with the first chunk
+    assert [chunk.frames.shape[1] for chunk in chunks] == [5, 4, 1]  # the given frame is part of the first chunk
     assert chunks[0].encode_seconds > 0
     video = joined(chunks)
     assert apart(video[:, :1], np.stack([given[:1]] * 2)) == 0
@@ -108,16 +110,15 @@ def test_extend_yields_the_new_frames(pipeline: Pipeline, given: np.ndarray) -> 
     chunks = list(pipeline.extend(given, 6))
     assert [chunk.frames.shape[1] for chunk in chunks] == [4, 2]
     assert chunks[0].encode_seconds > 0 == chunks[1].encode_seconds
-    assert apart(joined(list(pipeline.extend(given[-WINDOW:], 6))), joined(chunks)) == 0  # more than fits is not used
+    assert apart(joined(list(pipeline.extend(given[-WINDOW:], 6))), joined(chunks)) == 0  # older frames are not used
     assert apart(joined(list(pipeline.extend(given[:1], 6))), joined(chunks)) > 1
 
 
 def test_options(pipeline: Pipeline, given: np.ndarray) -> None:
     frames = joined(list(pipeline.extend(given, 8)))
-    for strategy in ("recompute", "recompute"):
-        again = list(pipeline.extend(given, 8, strategy=strategy))
-        assert again[0].context_bytes == WINDOW * 4 * 8 * 8 * 4  # latents, not keys and values
-        assert apart(joined(again)[:, :4], frames[:, :4]) <= 1
+    recomputed = list(pipeline.extend(given, 8, strategy="recompute"))
+    assert recomputed[0].context_bytes == WINDOW * 4 * 8 * 8 * 4  # latents, not keys and values
+    assert apart(joined(recomputed)[:, :4], frames[:, :4]) <= 1
     changes: list[dict[str, Any]] = [{"seed": 1}, {"steps": 5}, {"sampler": "ddim"}, {"context_frames": 4}]
     for change in changes:
         assert apart(joined(list(pipeline.extend(given, 8, **change))), frames) > 1
@@ -146,6 +147,78 @@ def test_random_weights_depend_on_the_seed() -> None:
     assert total(0) == total(0) != total(1)
 
 
+class Halving(ca2vdm_cli.Sampler):
+    """Ignores the network and halves the noise in every step."""
+
+    name, description = "mine", "halves the noise"
+
+    def __init__(self, process: Any, steps: int, last_timestep: int = 0) -> None:
+        super().__init__(process, steps, last_timestep)
+        self.timesteps = list(range(steps, 0, -1))
+
+    def step(self, index: int, x: torch.Tensor, output: torch.Tensor, noise: DrawNoise) -> torch.Tensor:
+        return x / 2
+
+
+class Forgetful(RecomputedContext):
+    """Starts every chunk from an empty context."""
+
+    name, description = "mine", "remembers nothing"
+
+    def append(self, latents: torch.Tensor) -> None:
+        pass
+
+
+class Gray(ca2vdm_cli.Autoencoder):
+    """Decodes everything to gray."""
+
+    name, description = "mine", "gray"
+
+    def __init__(self, config: Any, video: Any, in_channels: int) -> None:
+        super().__init__(config, video, in_channels)
+        self.size = (video.channels, video.height, video.width)
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        return frames.new_zeros(len(frames), 4, 8, 8)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.new_zeros(len(latents), *self.size)
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """A sampler, a context and an autoencoder called ``mine``, registered in Python without a plug-in package."""
+    entries = [(ca2vdm_cli.samplers, Halving), (ca2vdm_cli.contexts, Forgetful), (ca2vdm_cli.autoencoders, Gray)]
+    for registry, entry in entries:
+        registry.register(entry)
+    yield
+    for registry, _ in entries:
+        registry.unregister("mine")
+        assert "mine" not in registry
+
+
+@pytest.mark.usefixtures("registered")
+def test_entries_registered_in_python_are_used(pipeline: Pipeline, weights: Path) -> None:
+    few, many = (joined(list(pipeline.sample(4, sampler="mine", steps=steps))) for steps in (1, 20))
+    assert apart(few, many) > 1, "halved 20 times, no noise is left"
+    assert apart(many, pipeline.decode(torch.zeros(1, 4, 4, 8, 8))) <= 1
+    forgotten = list(pipeline.sample(8, strategy="mine"))
+    assert forgotten[1].context_bytes == 0
+    assert apart(joined(forgotten)[:, 4:], joined(list(pipeline.sample(8)))[:, 4:]) > 1
+    settings = ["autoencoder.kind=mine", "autoencoder_weights=", "sampling.steps=1"]
+    gray = Pipeline.load(weights, overrides=settings, **CPU)
+    assert set(np.unique(joined(list(gray.sample(4))))) == {128}
+
+
+def test_names_that_are_not_registered_are_refused(pipeline: Pipeline, weights: Path) -> None:
+    with pytest.raises(UsageError, match="sampler: 'mine' is none of"):
+        pipeline.sample(4, sampler="mine")
+    with pytest.raises(UsageError, match="strategy: there is no context 'mine'; known: cached"):
+        pipeline.sample(4, strategy="mine")
+    with pytest.raises(UsageError, match=r"autoencoder\.kind: there is no autoencoder 'mine'"):
+        Pipeline.load(weights, overrides=["autoencoder.kind=mine"], **CPU)
+
+
 WRONG: list[tuple[Callable[[Pipeline, np.ndarray], object], str]] = [
     (lambda p, g: p.sample(0), "at least one"),
     (lambda p, g: p.sample(0, first_frame=g[0]), "at least one"),
@@ -170,12 +243,12 @@ def test_wrong_request_fails_before_the_first_chunk(
 def test_weights_that_need_a_first_frame(weights: Path, given: np.ndarray) -> None:
     settings = ["diffusion.unconditional_start=false", "sampling.steps=2"]
     pipeline = Pipeline.load(weights, overrides=settings, **CPU)
-    with pytest.raises(UsageError, match="--first-frame"):
+    with pytest.raises(UsageError, match="give a first frame"):
         pipeline.sample(4)
     assert joined(list(pipeline.sample(4, first_frame=given[0]))).shape[1] == 4
 
 
-def test_absolute_positions_end(weights: Path) -> None:
+def test_absolute_positions_limit_the_length(weights: Path) -> None:
     settings = ["model.temporal_positions=absolute", "sampling.steps=1"]
     pipeline = Pipeline.load(weights, overrides=settings, **CPU)
     assert joined(list(pipeline.sample(12))).shape[1] == 12
@@ -205,8 +278,8 @@ def test_given_frames_are_encoded_once_and_a_few_at_a_time(
         return encode(frames)
 
     frames = joined(list(pipeline.extend(given, 4, videos=[0, 1])))
-    monkeypatch.setattr("ca2vdm_cli.pipeline.FRAMES_AT_ONCE", 4)
+    monkeypatch.setattr("ca2vdm_cli.video_codec.FRAMES_AT_ONCE", 4)
     monkeypatch.setattr(autoencoder, "encode", counting)
     again = joined(list(pipeline.extend(given, 4, videos=[0, 1])))
-    assert sizes == [4, 4, 1]  # of a window of 9, for both videos
+    assert sizes == [4, 4, 1]  # a window of 9, once for both videos
     assert apart(again, frames) <= 1

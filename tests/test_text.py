@@ -1,4 +1,4 @@
-"""Text: captions and prompts as embeddings, what training does with them, and videos made from prompts.
+"""Text: embeddings of captions and prompts, training on captions, and videos from prompts.
 
 The encoder is a tiny T5 of random weights (``t5`` in conftest.py); a caption has 6 tokens at most. Shapes: embeddings
 (B, M, E), masks (B, M).
@@ -53,12 +53,12 @@ def encoder(t5: Path, config: ModelConfig) -> TextEncoder:
 
 
 def stored(captions: int) -> tuple[Tensor, Tensor]:
-    """An unconditional caption that is easily told from any other."""
+    """An unconditional caption that is easy to recognise."""
     return torch.full((captions, TOKENS, CHANNELS), 7.0), torch.ones(captions, TOKENS, dtype=torch.bool)
 
 
 # --------------------------------------------------------------------------------------------------------- embeddings
-def test_embeddings_are_those_of_the_encoder_in_a_padded_batch(encoder: TextEncoder, t5: Path) -> None:
+def test_embeddings_equal_the_encoders_in_a_padded_batch(encoder: TextEncoder, t5: Path) -> None:
     from transformers import AutoTokenizer, T5EncoderModel
 
     captions = ["a white square moves", "black", "a black square moves a white square"]
@@ -73,34 +73,32 @@ def test_embeddings_are_those_of_the_encoder_in_a_padded_batch(encoder: TextEnco
     assert embeddings[~mask].count_nonzero() == 0
 
 
-def test_an_embedding_depends_neither_on_its_neighbours_nor_on_what_was_kept(
+def test_an_embedding_depends_neither_on_the_batch_nor_on_the_cache(
     encoder: TextEncoder, t5: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = ["a white square", "black", "a", "white square moves", "black"]
     together, _ = encoder(captions, stored(5))
-    monkeypatch.setattr(text_encoder, "KEPT_BYTES", 3 * 4 * CHANNELS)  # three tokens
-    forgetful = TextEncoder(TextConfig(str(t5)), config, CPU)
+    monkeypatch.setattr(text_encoder, "CACHE_BYTES", 3 * 4 * CHANNELS)  # three tokens
+    small = TextEncoder(TextConfig(str(t5)), config, CPU)
     for _ in range(2):
         for row, caption in enumerate(captions):
-            assert torch.equal(forgetful([caption], stored(1))[0][0], together[row])
+            assert torch.equal(small([caption], stored(1))[0][0], together[row])
 
 
-def test_what_was_encoded_once_is_kept_until_there_is_too_much(
-    encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embeddings_are_cached_up_to_a_limit(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
     encoder.model.register_forward_hook(lambda *_: encoded.append(1))
-    monkeypatch.setattr(text_encoder, "KEPT_BYTES", 6 * 4 * CHANNELS)  # three captions of one word and the end
+    monkeypatch.setattr(text_encoder, "CACHE_BYTES", 6 * 4 * CHANNELS)  # three captions of one word and an end token
     encoder(["a", "black", "white", "a", "black"], stored(5))
     assert len(encoded) == 3
-    encoder(["square"], stored(1))  # the one that was not used for longest is forgotten: white
+    encoder(["square"], stored(1))  # evicts the least recently used: white
     encoder(["a", "black", "square"], stored(3))
     assert len(encoded) == 4
     encoder(["white"], stored(1))
     assert len(encoded) == 5
 
 
-def test_no_caption_is_the_stored_one_and_a_dropped_one_keeps_its_mask(encoder: TextEncoder) -> None:
+def test_a_missing_caption_is_the_stored_one_and_a_dropped_one_keeps_its_mask(encoder: TextEncoder) -> None:
     embeddings, mask = encoder([None, " ", "a white square", "a white square"], stored(4), [True, False, True, False])
     assert torch.equal(embeddings[:3], stored(3)[0]) and not torch.equal(embeddings[3], stored(1)[0][0])
     assert mask.sum(1).tolist() == [TOKENS, TOKENS, 4, 4]
@@ -108,7 +106,7 @@ def test_no_caption_is_the_stored_one_and_a_dropped_one_keeps_its_mask(encoder: 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
 @pytest.mark.parametrize("missing", ["", "config.json", "model.safetensors", "tokenizer.json"])
-def test_a_folder_that_is_no_encoder(missing: str, t5: Path, tmp_path: Path, config: ModelConfig) -> None:
+def test_a_folder_without_an_encoder_is_refused(missing: str, t5: Path, tmp_path: Path, config: ModelConfig) -> None:
     folder = tmp_path / "t5"
     if missing:
         shutil.copytree(t5, folder)
@@ -132,16 +130,16 @@ def test_pickled_weights_are_not_read(t5: Path, tmp_path: Path, config: ModelCon
     assert not (tmp_path / "harm").exists()
 
 
-def test_weights_that_are_missing_are_not_made_up(t5: Path, tmp_path: Path, config: ModelConfig) -> None:
+def test_missing_weights_are_refused(t5: Path, tmp_path: Path, config: ModelConfig) -> None:
     folder = tmp_path / "t5"
     shutil.copytree(t5, folder)
     sizes = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**sizes, "num_layers": 3}))
-    with pytest.raises(UserError, match=r"is no T5 encoder: it has no weights for encoder\.block\.2"):
+    with pytest.raises(UserError, match=r"is not a T5 encoder: it has no weights for encoder\.block\.2"):
         TextEncoder(TextConfig(str(folder)), config, CPU)
 
 
-def test_an_encoder_that_does_not_fit(t5: Path, make_config: Callable[..., ModelConfig]) -> None:
+def test_an_encoder_that_does_not_fit_is_refused(t5: Path, make_config: Callable[..., ModelConfig]) -> None:
     with pytest.raises(UserError, match=r"model.text_channels: 8 does not fit the text encoder .*, which has 16"):
         TextEncoder(TextConfig(str(t5)), make_config(text_channels=8, text_tokens=TOKENS), CPU)
     with pytest.raises(UsageError, match=r"text: needs a model with text; set model\.text_channels"):
@@ -150,7 +148,7 @@ def test_an_encoder_that_does_not_fit(t5: Path, make_config: Callable[..., Model
 
 # ------------------------------------------------------------------------------------------------------------ training
 class Shades:
-    """Clips of one shade each, with captions that say which."""
+    """Clips of one shade each, with captions that name it."""
 
     def __init__(self, captions: Sequence[str | None] = ("a white square", "a black square")) -> None:
         self.captions = captions
@@ -166,7 +164,7 @@ class Shades:
 
 
 class Shrink(Autoencoder):
-    """An autoencoder that has nothing to learn."""
+    """An autoencoder without weights."""
 
     name, description = "shrink", ""
 
@@ -197,7 +195,7 @@ def losses(trainer: Trainer, steps: int = 4) -> list[float]:
     return [trainer.train_step().loss for _ in range(steps)]
 
 
-def test_a_model_learns_what_captions_say(make_trainer: Callable[..., Trainer]) -> None:
+def test_a_model_learns_to_follow_captions(make_trainer: Callable[..., Trainer]) -> None:
     settings = ("training.prefix_lengths=[0]", "training.batch_size=4", "training.text_dropout=0.2")
     trainer = make_trainer(*settings, "diffusion.prediction=flow", "diffusion.beta_schedule=flow")
     for _ in range(150):
@@ -210,7 +208,7 @@ def test_a_model_learns_what_captions_say(make_trainer: Callable[..., Trainer]) 
         assert text is not None
         noise = SeededNoise(1, [0, 1], (4, 4, 8, 8), CPU)
         context = make_context(model, "cached", 2 if guidance == 1 else 4)
-        made = generate(
+        chunks = generate(
             context,
             process,
             make_sampler("ddim", process, 8),
@@ -218,7 +216,7 @@ def test_a_model_learns_what_captions_say(make_trainer: Callable[..., Trainer]) 
             1,
             caption=Caption(*encoder([caption, caption], text), guidance),
         )
-        means: list[float] = next(iter(made)).latents.mean((1, 2, 3, 4)).tolist()
+        means: list[float] = next(chunks).latents.mean((1, 2, 3, 4)).tolist()
         return means
 
     for guidance in (1.0, 1.5):
@@ -226,7 +224,7 @@ def test_a_model_learns_what_captions_say(make_trainer: Callable[..., Trainer]) 
 
 
 def test_dropped_captions_are_not_learned_from(make_trainer: Callable[..., Trainer]) -> None:
-    others = Shades(("black square moves", "white moves a"))  # as long
+    others = Shades(("black square moves", "white moves a"))  # of the same length
     for share, same in ((1.0, True), (0.0, False)):
         runs = [losses(make_trainer(f"training.text_dropout={share}", source=source)) for source in (None, others)]
         assert (runs[0] == runs[1]) is same
@@ -250,7 +248,7 @@ def test_the_share_of_dropped_captions(make_trainer: Callable[..., Trainer], mon
     assert len(dropped) == 300 and 60 < sum(dropped) < 120
 
 
-def test_how_a_batch_is_split_does_not_matter(make_trainer: Callable[..., Trainer]) -> None:
+def test_accumulation_does_not_change_the_losses(make_trainer: Callable[..., Trainer]) -> None:
     settings = ("training.batch_size=4", "training.text_dropout=0.5")
     whole, parts = (losses(make_trainer(*settings, f"training.accumulation={n}")) for n in (1, 4))
     assert whole == pytest.approx(parts, rel=1e-5)
@@ -263,19 +261,19 @@ def test_a_resumed_run_reads_the_same_captions(
     settings = [*settings, "training.prefix_lengths=[0]", "training.text_dropout=0.5", "training.rollout_steps=2"]
     expected = losses(make_trainer(*settings), 6)
     first = make_trainer(*settings)
-    found = losses(first, 3)
+    resumed = losses(first, 3)
     first.save(RunFolder(tmp_path))
     second = make_trainer(*settings)
     last, _ = RunFolder(tmp_path).newest()
     assert last is not None
     second.resume(last)
-    assert found + losses(second, 3) == expected
+    assert resumed + losses(second, 3) == expected
 
 
 # ------------------------------------------------------------------------------------------------------- the commands
 @pytest.fixture(scope="module")
 def trained(t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a list of captioned videos, and a run that has learned from it, from its latents and validated."""
+    """A folder with captioned videos and a run trained on them, with cached latents and validation."""
     folder = tmp_path_factory.mktemp("text")
     lines = []
     for name, level in (("white", 230), ("black", 20)):
@@ -301,7 +299,7 @@ def sampled(trained: Path, out: Path, *arguments: str) -> np.ndarray:
         return np.stack(list(reader))
 
 
-def test_a_prompt_decides_and_guidance_too(trained: Path, tmp_path: Path) -> None:
+def test_prompt_and_guidance_change_the_video(trained: Path, tmp_path: Path) -> None:
     def video(*arguments: str) -> np.ndarray:
         return sampled(trained, tmp_path / "video.npz", *arguments)
 
@@ -313,7 +311,7 @@ def test_a_prompt_decides_and_guidance_too(trained: Path, tmp_path: Path) -> Non
     assert np.array_equal(video(), video("--prompt", " "))
 
 
-def test_a_video_is_extended_by_a_prompt(trained: Path, tmp_path: Path) -> None:
+def test_a_video_is_extended_with_a_prompt(trained: Path, tmp_path: Path) -> None:
     videos = []
     for prompt in ("black", "a white square"):
         out = tmp_path / f"{prompt}.npz"
@@ -350,7 +348,7 @@ def test_the_api_takes_a_prompt(trained: Path) -> None:
         (["--prompt", "a", "--guidance", "-1"], 2, "Invalid value for '--guidance'"),
     ],
 )
-def test_a_prompt_that_can_not_be_met(
+def test_an_impossible_prompt_is_refused(
     arguments: list[str], code: int, expected: str, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["sample", "--preset", str(trained / "run"), *RUN, *arguments, "-o", str(trained / "no.npz")]) == code
@@ -359,24 +357,24 @@ def test_a_prompt_that_can_not_be_met(
     assert not (trained / "no.npz").exists()
 
 
-def test_a_prompt_for_a_model_without_text() -> None:
+def test_a_prompt_for_a_model_without_text_is_refused() -> None:
     preset = load_preset("tiny")
     pipeline = Pipeline(preset, CausalVideoTransformer(preset.config.model, backends["eager"]), Shrink(), trained=True)
     with pytest.raises(UsageError, match="preset tiny: its model has no text; leave out the prompt"):
         pipeline.sample(4, prompt="a square")
 
 
-def test_a_run_goes_on_with_its_encoder_from_any_folder(
+def test_a_run_finds_its_encoder_from_any_folder(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # the path was a relative one
+    monkeypatch.chdir(tmp_path)  # the path given was relative
     shutil.copytree(trained / "run", tmp_path / "run")
     assert main(["train", "--resume", "--out", "run", "--steps", "4", *RUN]) == 0
     lines = [json.loads(line) for line in Path("run/validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4]
 
 
-def test_captions_without_an_encoder_are_said_to_be_left_out(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_captions_without_an_encoder_are_reported(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [f"model.text_channels={CHANNELS}", f"model.text_tokens={TOKENS}", "training.autoencoder_steps=1"]
     command = ["train", "--preset", "tiny", "--data", str(trained / "list.jsonl"), "--steps", "1", *RUN[:-1]]
     command += [part for setting in settings for part in ("--set", setting)]

@@ -1,34 +1,31 @@
-"""What the benchmark compares the cache with. Nothing here is part of the method.
+"""Baselines that the benchmark compares the cache with. None of them is part of the method.
 
-All contestants share the model's forward, the backend and the precision, and whatever makes the method faster that is
-not its cache: modulation once a frame, captions projected once, the last block's clean frames left out but for keys
-and values. Weights are the causal model's. ``bidirectional``, ``fixed-window`` and ``per-step-cache`` therefore make
-another video than ``cached`` does, and only their costs are compared.
+All share the model's forward, the backend and the dtype, and every optimisation of the method except the cache:
+modulation once per frame, captions projected once, only keys and values of clean frames in the last block. All run with
+the causal model's weights, so ``bidirectional``, ``fixed-window`` and ``per-step-cache`` generate other videos than
+``cached``, and only their costs are compared.
 
-Shape letters: B videos, C channels, L frames of a chunk, h, w latent size, S tokens a frame, D width, K frames of the
-spatial prefix, E head size, N denoising steps.
+Shape letters: B videos, C channels, L frames of a chunk, h, w latent size, K frames of the spatial prefix, N denoising
+steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ca2vdm_cli.generate.context import Context, ContextOptions, RecomputedContext
-from ca2vdm_cli.model.frame_plan import FramePlan
 from ca2vdm_cli.model.kv_cache import KVCache, TextKeysValues
-from ca2vdm_cli.model.layers import PrefixAttention
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 
 
 def fixed_window(model: CausalVideoTransformer, context_frames: int | None = None) -> int:
-    """What ``fixed-window`` sees unless told otherwise: one chunk, or the spatial prefix where that is longer."""
+    """Default window of ``fixed-window``: one chunk, or the spatial prefix if that is longer."""
     config = model.config
     short = max(config.chunk_frames, config.spatial_prefix_frames)
     return min(short, context_frames or config.context_frames)
@@ -37,7 +34,7 @@ def fixed_window(model: CausalVideoTransformer, context_frames: int | None = Non
 class ExtendableWindow(TemporalWindow):
     """No window: a chunk sees every frame before it.
 
-    Positions wrap as the model's own do. Beyond the window that is nothing the weights have learned, at the same cost.
+    Positions wrap as the model's do. The weights were not trained for that beyond the window, but the cost is the same.
     """
 
     def context(self, start: int) -> list[int]:
@@ -48,16 +45,16 @@ class ExtendableWindow(TemporalWindow):
 
 
 class ExtendableContext(RecomputedContext):
-    """All finished frames, fed again with every step; causal.
+    """All finished frames, recomputed in every denoising step; causal.
 
-    Its shapes are new in every chunk, so a backend that compiles has nothing to reuse, and blocks run as they are.
+    Every chunk has a new shape, so compiling would not pay off, and blocks run uncompiled.
     """
 
     name = "recompute-extendable"
-    description = "all finished frames, fed again in every denoising step; causal"
+    description = "all finished frames, recomputed in every denoising step; causal"
     exact = extendable = True
     causal: ClassVar[bool] = True
-    """Whether frames see earlier frames only; otherwise every frame sees every frame, without any mask."""
+    """Whether frames see only earlier frames; otherwise there is no mask, and every frame sees every frame."""
 
     @classmethod
     def create(cls, model: CausalVideoTransformer, batch_size: int, options: ContextOptions) -> ExtendableContext:
@@ -70,18 +67,18 @@ class ExtendableContext(RecomputedContext):
 
 
 class BidirectionalContext(ExtendableContext):
-    """Every frame sees every frame, and all finished frames are fed again: what other models do."""
+    """All finished frames, recomputed in every denoising step; every frame sees every frame, as in other models."""
 
     name = "bidirectional"
-    description = "all finished frames, and no mask: every frame sees every frame, as in other models"
+    description = "all finished frames, recomputed without a mask: every frame sees every frame, as in other models"
     exact = causal = False
 
 
 class FixedWindowContext(RecomputedContext):
-    """The last few frames are fed again, and nothing else is remembered."""
+    """The last few frames, recomputed in every denoising step; nothing else is remembered."""
 
     name = "fixed-window"
-    description = "the last few frames, fed again in every denoising step"
+    description = "the last few frames, recomputed in every denoising step"
     exact = False
 
     @classmethod
@@ -92,22 +89,17 @@ class FixedWindowContext(RecomputedContext):
         return cls(model, TemporalWindow(model.config, frames, sink_frames=0))
 
 
-@dataclass(frozen=True)
-class _KeepingPlan(FramePlan):
-    """A noisy chunk whose keys and values stay: temporal ones are in the ring already, spatial ones are kept too."""
-
-
 class PerStepCachedContext(Context):
-    """N caches: denoising step i reads the keys and values that step i of earlier chunks has computed.
+    """N caches: denoising step i reads the keys and values that step i of earlier chunks computed.
 
-    They are by-products of denoising, so there is no forward that only writes. The temporal ones lie in the ring after
-    the step anyway; those of the spatial prefix are not needed by the noisy frames themselves and are projected beside
-    them, for the last K frames of the chunk. Frames that the video is given are written clean to all N caches.
+    They are by-products of denoising, so there are no cache writes. After a step the chunk's temporal keys and values
+    are in the ring anyway. Noisy frames don't need their own spatial keys and values, so these are computed in
+    addition, for the last K frames of the chunk. Given frames are written clean to all N caches.
 
     Args:
         model: the network.
-        timesteps: of the N denoising steps, the same in every chunk.
-        caches: one for each of them.
+        timesteps: timesteps of the N denoising steps, the same in every chunk.
+        step_caches: one per denoising step.
     """
 
     name = "per-step-cache"
@@ -116,75 +108,49 @@ class PerStepCachedContext(Context):
 
     @classmethod
     def create(cls, model: CausalVideoTransformer, batch_size: int, options: ContextOptions) -> PerStepCachedContext:
+        timesteps = list(dict.fromkeys(options.timesteps))  # steps at the same timestep share a cache
         window = options.context_frames
-        caches = [
+        step_caches = [
             KVCache(model.config, batch_size, context_frames=window, dtype=model.dtype, device=model.device)
-            for _ in options.timesteps
+            for _ in timesteps
         ]
-        return cls(model, options.timesteps, caches)
+        return cls(model, timesteps, step_caches)
 
-    def __init__(self, model: CausalVideoTransformer, timesteps: Sequence[float], caches: Sequence[KVCache]) -> None:
-        self.model, self.window = model, caches[0].window
-        self.by_step = {_key(torch.tensor([t])): cache for t, cache in zip(timesteps, caches, strict=True)}
-        self._any = next(iter(self.by_step.values()))  # all hold the same frames
-        self._begun = False
-        self._prefix_attentions = [part for part in model.modules() if isinstance(part, PrefixAttention)]
+    def __init__(
+        self, model: CausalVideoTransformer, timesteps: Sequence[float], step_caches: Sequence[KVCache]
+    ) -> None:
+        self.model, self.step_caches = model, step_caches
+        self._first = step_caches[0]  # all hold the same number of frames and the same caption
+        self.window = self._first.window
+        self._timesteps = torch.tensor(timesteps, device=model.device)
+        self._denoising = False
 
     def set_text(self, text: list[TextKeysValues]) -> None:
-        for cache in self.by_step.values():
+        for cache in self.step_caches:
             cache.text = text
 
     @property
     def frames(self) -> int:
-        return self._any.frames
+        return self._first.frames
 
     @property
     def nbytes(self) -> int:
-        text = self._any.text_nbytes  # all have the same
-        return text + sum(cache.nbytes - text for cache in self.by_step.values())
+        text = self._first.text_nbytes
+        return text + sum(cache.nbytes - text for cache in self.step_caches)
 
     def append(self, latents: Tensor) -> None:
-        for cache in self.by_step.values():
-            if self._begun:
+        for cache in self.step_caches:
+            if self._denoising:  # denoising has written them
                 cache.commit(latents.shape[2])
             else:
                 self.model.write(latents, cache)
 
     def open_chunk(self) -> None:
-        plan = self._any.plan(self.model.config.chunk_frames, clean=False)
-        self._plan = _KeepingPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)})
-        self._begun = True
+        plan = self._first.plan(self.model.config.chunk_frames, clean=False)
+        self._plan = replace(plan, writes_noisy_prefix=True)
+        self._denoising = True
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
-        with _kept_prefix(self._prefix_attentions):
-            out: Tensor = self.model(x, timestep, self._plan, self.by_step[_key(timestep)])
+        step = int((self._timesteps - timestep[0]).abs().argmin())
+        out: Tensor = self.model(x, timestep, self._plan, self.step_caches[step])
         return out
-
-
-def _key(timestep: Tensor) -> float:
-    """What identifies a denoising step: its timestep, in the precision in which the network is told."""
-    return float(timestep[0].item())
-
-
-@contextmanager
-def _kept_prefix(attentions: list[PrefixAttention]) -> Iterator[None]:
-    """Within, prefix-enhanced attention also writes the spatial keys and values of a noisy chunk to the cache."""
-    hooks = [attention.register_forward_hook(_keep_prefix) for attention in attentions]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _keep_prefix(attention: torch.nn.Module, arguments: Any, output: Tensor) -> None:
-    x, plan, cache = arguments
-    if not isinstance(plan, _KeepingPlan):
-        return
-    assert isinstance(attention, PrefixAttention) and plan.has_prefix is not None
-    keys_values = attention.project(x.index_select(1, plan.spatial_source), 1, 3)  # (B, K, S, H, E) each
-    for buffer, new in zip((cache.spatial_k, cache.spatial_v), keys_values, strict=True):
-        frames = new.permute(0, 3, 1, 2, 4)  # (B, H, K, S, E)
-        if attention.first_frame:  # the video's first frame, once kept, stays
-            frames = torch.where(plan.has_prefix, buffer, frames)
-        buffer.index_copy_(2, plan.spatial_slots, frames)

@@ -21,7 +21,7 @@ from ca2vdm_cli.generate.context import CachedContext, RecomputedContext, contex
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.presets import dump_preset
-from ca2vdm_cli.runtime import available_memory, processor
+from ca2vdm_cli.runtime import available_memory, device_name, dtype_name
 
 from .baselines import PerStepCachedContext, fixed_window
 from .costs import cache_bytes, per_step_cache_flops, recompute_flops, step_flops, text_bytes, write_flops
@@ -108,7 +108,7 @@ def environment(pipeline: Pipeline) -> Environment:
         numpy=np.__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        processor=processor(model.device),
+        processor=device_name(model.device),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         available_memory_bytes=available_memory(model.device),
@@ -117,7 +117,7 @@ def environment(pipeline: Pipeline) -> Environment:
         preset_sha256=hashlib.sha256(dump_preset(config).encode()).hexdigest(),
         trained=pipeline.trained,
         device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         chunk_frames=config.model.chunk_frames,
         tokens_per_frame=config.model.tokens_per_frame,
         weights_bytes=pipeline.weights_bytes,

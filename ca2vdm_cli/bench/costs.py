@@ -69,13 +69,8 @@ def largest_window(config: ModelConfig, budget: int, itemsize: int) -> int:
 
 
 def _prefix(config: ModelConfig, clean: int | None) -> int:
-    """Frames in the spatial prefix: all slots of the cache, or at most the number of ``clean`` frames."""
-    frames = {
-        SpatialPrefix.PREV_FRAMES: config.spatial_prefix_frames,
-        SpatialPrefix.FIRST_FRAME: 1,
-        SpatialPrefix.NONE: 0,
-    }[config.spatial_prefix]
-    return frames if clean is None else min(frames, clean)
+    """Frames that prefix-enhanced attention looks at: all slots of the cache, or those it sees of ``clean`` frames."""
+    return config.spatial_slots if clean is None else min(config.spatial_slots, clean)
 
 
 def _forward(config: ModelConfig, *, clean: int, noisy: int, keys: int, prefix: int, writes_only: bool = False) -> int:

@@ -31,12 +31,12 @@ from ca2vdm_cli.generate.context import CachedContext, make_context
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.loop import stored_caption
 from ca2vdm_cli.generate.samplers import Sampler, sampler_for
+from ca2vdm_cli.loading import build_model, randomize
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
-from ca2vdm_cli.pipeline import randomize
 from ca2vdm_cli.presets import LoadedPreset
-from ca2vdm_cli.runtime import PeakMemory, available_memory, resident_memory
+from ca2vdm_cli.runtime import PeakMemory, available_memory, dtype_name, resident_memory
 
 from .costs import cache_bytes, largest_window, step_flops, write_flops
 from .lockstep import first_frame, timed
@@ -106,7 +106,7 @@ def estimate(workload: Workload) -> dict[str, Any]:
         "preset": workload.preset.name,
         "backend": workload.backend.name,
         "device": str(workload.device),
-        "dtype": str(workload.dtype).removeprefix("torch."),
+        "dtype": dtype_name(workload.dtype),
         "frames": workload.frames,
         "chunks": chunks,
         "steps": steps,
@@ -221,7 +221,7 @@ def _simulate(workload: Workload, autoencoder: Autoencoder | None) -> _Memory:
     config = workload.preset.config.model
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"), workload.device:
         with _default_dtype(workload.dtype):  # fake parameters can't be converted afterwards
-            model = CausalVideoTransformer(config, workload.backend).eval()
+            model = build_model(config, workload.backend)
         context = _full_context(model, workload.context_frames)
         noisy, timestep = torch.empty(_shape(config)), torch.zeros(1)
         known = [*model.state_dict().values(), *_buffers(context), noisy]
@@ -266,7 +266,7 @@ def _buffers(context: CachedContext) -> list[Tensor]:
 
 
 def _shape(config: ModelConfig) -> tuple[int, ...]:
-    return (1, config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
+    return (1, *config.chunk_shape)
 
 
 def _frames_shape(config: ModelConfig) -> tuple[int, ...]:
@@ -345,10 +345,9 @@ class _Probe:
         self.config = replace(self.full, depth=depth)
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
-            model = CausalVideoTransformer(self.config, workload.backend)
+            self._model = build_model(self.config, workload.backend, device=workload.device, dtype=workload.dtype)
             self.build_seconds = time.perf_counter() - began
-            randomize(model)
-        self._model = model.to(workload.device, workload.dtype).eval().requires_grad_(False)
+            randomize(self._model)
         self._context = _full_context(self._model, workload.context_frames)
         self._write_plan = self._context.cache.plan(self.config.chunk_frames, clean=True)
         self._noisy = torch.randn(_shape(self.config), device=workload.device)

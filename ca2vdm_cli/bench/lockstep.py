@@ -291,8 +291,7 @@ class SideBySide:
             raise UsageError("frames: the video must have at least one whole chunk")
         self.pipeline, self.model = pipeline, model
         start = first_frame(config) if given_frames is None else given_frames
-        sizes = config.model
-        shape = (sizes.in_channels, sizes.chunk_frames, sizes.latent_height, sizes.latent_width)
+        shape = config.model.chunk_shape
         given = None
         if start:
             generator = torch.Generator().manual_seed(seed)
@@ -307,7 +306,7 @@ class SideBySide:
         contexts = {method: make_context(model, method, 1, **options) for method in methods}
         self.lockstep = Lockstep(contexts, product, observe=observe)
         self.window = self.lockstep.window
-        self.window.check_length(start + chunks * sizes.chunk_frames)
+        self.window.check_length(start + chunks * config.model.chunk_frames)
         self._last = torch.zeros(1, *shape, device=model.device)
         self.timesteps = list(solver.timesteps)
         noise = SeededNoise(seed, [0], shape, model.device)

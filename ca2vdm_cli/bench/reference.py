@@ -24,6 +24,7 @@ from ca2vdm_cli.generate.context import make_context
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.loop import Caption, generate
 from ca2vdm_cli.generate.samplers import AncestralSampler
+from ca2vdm_cli.loading import build_model
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 
@@ -91,10 +92,10 @@ class RecordedRun:
 
     def model(self, backend: Backend, device: torch.device, dtype: torch.dtype) -> CausalVideoTransformer:
         """A model with the recorded weights."""
-        model = CausalVideoTransformer(self.config, backend)
+        model = build_model(self.config, backend)
         weights = {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
         load_weights(model, weights, str(self.path))
-        return model.to(device, dtype).eval().requires_grad_(False)
+        return model.to(device, dtype)
 
     def compare(self, model: CausalVideoTransformer) -> Iterator[Comparison]:
         """Rerun everything that was recorded and compare, one tensor at a time."""

@@ -15,8 +15,9 @@ from ca2vdm_cli.bench.results import BackendRun, Report
 from ca2vdm_cli.config import TemporalPositions
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.generate.context import contexts
+from ca2vdm_cli.loading import find_weights
 from ca2vdm_cli.model.temporal_window import TemporalWindow
-from ca2vdm_cli.pipeline import Pipeline, find_weights
+from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.plugins import choose_backend
 from ca2vdm_cli.terminal import ProgressBar, duration, note, output_console, print_json, size, table
 

@@ -13,7 +13,7 @@ from ca2vdm_cli.terminal import output_console, print_json, table
 def list_backends(device: str, dtype: str, *, as_json: bool) -> None:
     """Every backend, whether it runs here, and why not."""
     from ca2vdm_cli.plugins import backends, choose_backend, why_unavailable
-    from ca2vdm_cli.runtime import Dtype, resolve_device, resolve_dtype
+    from ca2vdm_cli.runtime import Dtype, dtype_name, resolve_device, resolve_dtype
 
     where = resolve_device(device)
     number = resolve_dtype(Dtype(dtype), where)
@@ -28,7 +28,7 @@ def list_backends(device: str, dtype: str, *, as_json: bool) -> None:
         }
         for backend in sorted(backends.values(), key=lambda backend: -backend.priority)
     ]
-    kind = str(number).removeprefix("torch.")
+    kind = dtype_name(number)
     if as_json:
         print_json({"device": str(where), "dtype": kind, "backends": found})
         return

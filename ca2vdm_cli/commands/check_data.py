@@ -12,7 +12,7 @@ from rich.markup import escape
 from ca2vdm_cli.config import Crop, DataConfig
 from ca2vdm_cli.data import Layout, Video, read_layout
 from ca2vdm_cli.errors import UsageError, UserError
-from ca2vdm_cli.pipeline import find_weights
+from ca2vdm_cli.loading import find_weights
 from ca2vdm_cli.terminal import ProgressBar, console, note, print_json, table
 
 ROWS = 20

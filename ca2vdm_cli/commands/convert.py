@@ -8,7 +8,7 @@ import torch
 
 from ca2vdm_cli.checkpoint import KeyReport, load_weights, read_published, save_tensors
 from ca2vdm_cli.errors import UsageError
-from ca2vdm_cli.model.transformer import CausalVideoTransformer
+from ca2vdm_cli.loading import build_model
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.terminal import console, note
@@ -27,7 +27,7 @@ def run(
         raise UsageError(f"{output}: exists already; choose another output, or replace it with --overwrite")
     loaded = load_preset(preset, overrides)
     tensors = read_published(checkpoint)
-    model = CausalVideoTransformer(loaded.config.model, backends["eager"])
+    model = build_model(loaded.config.model, backends["eager"])
     report = load_weights(model, tensors, str(checkpoint), partial=partial, extra=True)
     state = {**(model.state_dict() if partial else {}), **{key: tensors[key] for key in report.matched}}
     if dtype != "auto":

@@ -22,7 +22,7 @@ from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.interrupts import held_interrupts
 from ca2vdm_cli.pipeline import Frames, Pipeline, RunOptions, VideoChunk
 from ca2vdm_cli.processes import launched, share_of
-from ca2vdm_cli.runtime import peak_memory
+from ca2vdm_cli.runtime import dtype_name, peak_memory
 from ca2vdm_cli.terminal import ProgressBar, note, print_json, print_run_report, status
 from ca2vdm_cli.video_io import (
     Aspect,
@@ -305,7 +305,7 @@ def _report(request: Request, pipeline: Pipeline, targets: list[str], frames: in
         "preset": pipeline.preset.name,
         "backend": pipeline.backend.name,
         "device": str(pipeline.model.device),
-        "dtype": str(pipeline.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pipeline.model.dtype),
         "strategy": request.strategy,
         "sampler": request.sampler or pipeline.config.sampling.sampler,
         "steps": steps,

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ca2vdm_cli.bench.estimate import Workload, estimate
 from ca2vdm_cli.errors import UsageError
-from ca2vdm_cli.pipeline import find_weights
+from ca2vdm_cli.loading import find_weights
 from ca2vdm_cli.plugins import choose_backend
 from ca2vdm_cli.runtime import Dtype, resolve_device, resolve_dtype
 from ca2vdm_cli.terminal import duration, output_console, print_json, size, status

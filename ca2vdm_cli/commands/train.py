@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from ca2vdm_cli.autoencoder import Autoencoder, ConvAutoencoder, autoencoders, load_autoencoder, save_autoencoder
-from ca2vdm_cli.checkpoint import load_tensors, load_weights
+from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.config import Crop, Prediction, Preset, Split, Trainable
 from ca2vdm_cli.data import Clips, ClipSource, cache_latents, open_clips
 from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.loading import build_model, find_weights
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
-from ca2vdm_cli.pipeline import find_weights
 from ca2vdm_cli.plugins import choose_backend
 from ca2vdm_cli.presets import LoadedPreset
 from ca2vdm_cli.processes import computes_half, launched, make_accelerator
@@ -295,9 +295,7 @@ def _teacher(weights: Path, config: Preset, backend: Backend, device: torch.devi
     path = find_weights(None, weights)[1]
     if path is None:
         raise UsageError(f"--distill {weights}: no weights there; name the teacher's weights, or its run")
-    teacher = CausalVideoTransformer(config.model, backend).to(device).eval().requires_grad_(False)
-    load_weights(teacher, load_tensors(path)[0], str(path))
-    return teacher
+    return build_model(config.model, backend, device=device, weights=path)
 
 
 def _text_encoder(

@@ -13,7 +13,7 @@ from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.generate.context import contexts
 from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.plugins import choose_backend
-from ca2vdm_cli.runtime import Dtype, resolve_device, resolve_dtype
+from ca2vdm_cli.runtime import Dtype, dtype_name, resolve_device, resolve_dtype
 from ca2vdm_cli.terminal import note, output_console, print_json, status, table
 
 from .bench import parse_baselines
@@ -115,9 +115,9 @@ def _finish(
     source: str, backend: str, device: torch.device, dtype: torch.dtype, checks: list[_Check], *, as_json: bool
 ) -> int:
     failed = [str(check) for check in checks if check.ok is False]
-    dtype_name = str(dtype).removeprefix("torch.")
+    precision = dtype_name(dtype)
     if as_json:
-        report = {"source": source, "backend": backend, "device": str(device), "dtype": dtype_name, "ok": not failed}
+        report = {"source": source, "backend": backend, "device": str(device), "dtype": precision, "ok": not failed}
         print_json(report | {"results": [asdict(check) for check in checks]})
         return int(bool(failed))
     rows = []
@@ -129,5 +129,5 @@ def _finish(
     columns = ["", "difference>", "allowed>", "", *(["by chunk"] if any(check.per_chunk for check in checks) else [])]
     output_console().print(table(columns, [row[: len(columns)] for row in rows]))
     outcome = "all equal" if not failed else f"NOT EQUAL: {', '.join(failed)}"
-    note(f"{source}: {backend} on {device} in {dtype_name}: {outcome}")
+    note(f"{source}: {backend} on {device} in {precision}: {outcome}")
     return int(bool(failed))

@@ -146,6 +146,20 @@ class ModelConfig:
         return (self.latent_height // self.patch_size) * (self.latent_width // self.patch_size)
 
     @property
+    def chunk_shape(self) -> tuple[int, int, int, int]:
+        """Shape (C, l, h, w) of one chunk of latent frames."""
+        return self.in_channels, self.chunk_frames, self.latent_height, self.latent_width
+
+    @property
+    def spatial_slots(self) -> int:
+        """K: clean frames that prefix-enhanced spatial attention looks at, at most; 0 if the layer is absent."""
+        return {
+            SpatialPrefix.PREV_FRAMES: self.spatial_prefix_frames,
+            SpatialPrefix.FIRST_FRAME: 1,
+            SpatialPrefix.NONE: 0,
+        }[self.spatial_prefix]
+
+    @property
     def window_frames(self) -> int:
         """Frames of a full window and a chunk: P_max + l."""
         return self.context_frames + self.chunk_frames

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ca2vdm_cli.config import Crop, DataConfig, VideoConfig
 from ca2vdm_cli.errors import UserError
+from ca2vdm_cli.video_codec import to_floats
 from ca2vdm_cli.video_io import Aspect, Frame, Geometry, Size, to_channels
 
 from .source import random_square
@@ -197,18 +198,18 @@ class VideoClips(Clips):
     def clip(self, index: int, frames: int) -> Tensor:
         """Clip number ``index``: (T, C, H, W) float32 in [-1, 1]."""
         pixels, draw = self._draw(index, frames)
-        return _to_tensor(self._window(pixels, draw))
+        return to_floats(self._window(pixels, draw))
 
     def crop(self, index: int, side: int) -> Tensor:
         """Picture number ``index``: a random square of a random frame, (C, side, side) float32 in [-1, 1]."""
         pixels, draw = self._draw(index, 1)
         rows, columns = random_square(draw, side, self.video)
-        return _to_tensor(self._window(pixels, draw)[:, rows, columns])[0]
+        return to_floats(self._window(pixels, draw)[:, rows, columns])[0]
 
     def whole(self, video: int) -> Iterator[Tensor]:
         """All frames of a video in order, one at a time: (C, H, W) float32 in [-1, 1]; raises UserError."""
         for frame in self._prepared(self.videos[video].read(range(self._count(video)))):
-            yield _to_tensor(torch.from_numpy(frame[None]))[0]
+            yield to_floats(torch.from_numpy(frame[None]))[0]
 
     def _look(self) -> float:
         """See what can be told of every video without decoding it; how many bytes all of them would take."""
@@ -311,8 +312,3 @@ def _cover(size: Size, model: Size) -> Size:
         min(max(ours, round(theirs * scale)), ELONGATION * ours) for theirs, ours in zip(size, model, strict=True)
     )
     return height, width
-
-
-def _to_tensor(pixels: Tensor) -> Tensor:
-    """(T, H, W, C) uint8 -> (T, C, H, W) float32 in [-1, 1]."""
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,6 +1,6 @@
-"""The finished frames of a run, as a denoising step sees them: cached, or fed again.
+"""Contexts: how a denoising step sees the finished frames of a run, cached or recomputed.
 
-Shape letters: B videos, C channels, L frames of a chunk, P frames of context, h, w latent size.
+Shape letters: B videos, C channels, L frames of a chunk, n appended frames, h, w latent size.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from ca2vdm_cli.plugins import contexts as _contexts
 
 @dataclass(frozen=True)
 class ContextOptions:
-    """What a context may be told beside the model and the batch size."""
+    """Settings of a context, beside the model and the batch size."""
 
     context_frames: int | None = None
     """Window in frames; the model's own by default."""
     sink_frames: int | None = None
     """First frames that are never evicted; the model's own by default."""
     timesteps: Sequence[float] = ()
-    """Timesteps of the denoising steps, for contexts that keep something for each of them."""
+    """Timesteps of the denoising steps, for contexts that keep something per step."""
     fixed_frames: int | None = None
     """Window of the baseline ``fixed-window``."""
 
 
 class Context(ABC):
-    """The finished frames of a run, as a denoising step sees them. All kinds share everything else.
+    """The finished frames of a run, as a denoising step sees them.
 
-    Subclass it, and register the class (hook ``ca2vdm_register_contexts``): ``sample --strategy``, ``bench --compare``
-    and ``verify`` then know it by its name.
+    Subclass it and register the class (hook ``ca2vdm_register_contexts``); ``sample --strategy``, ``bench --compare``
+    and ``verify`` then accept its name.
     """
 
     name: ClassVar[str]
-    """What users type after ``--strategy`` and ``--compare``."""
+    """The name that selects it, such as ``--strategy cached``."""
     description: ClassVar[str]
     """One line."""
     exact: ClassVar[bool] = False
-    """Whether outputs equal those of the cache until the window slides. The benchmark and ``verify`` check it."""
+    """Whether outputs equal those of ``cached`` until the window slides. ``bench`` and ``verify`` check it."""
     caches: ClassVar[bool] = False
-    """Whether it keeps keys and values, so that its shapes are the same in every chunk."""
+    """Whether it keeps keys and values, so that shapes are the same in every chunk."""
     extendable: ClassVar[bool] = False
-    """Whether it grows with the video, without a window."""
+    """Whether it grows with the video instead of having a window."""
 
     model: CausalVideoTransformer
     window: TemporalWindow
-    """Where frames sit in time."""
+    """The frames that a chunk sees, and their positions."""
 
     @classmethod
     def create(cls, model: CausalVideoTransformer, batch_size: int, options: ContextOptions) -> Context:
@@ -62,27 +62,27 @@ class Context(ABC):
 
         Args:
             model: the network.
-            batch_size: videos B generated together, guidance halves included.
-            options: what else was asked for; a context ignores what does not concern it.
+            batch_size: videos B generated together, including the unconditional half under guidance.
+            options: further settings; a context ignores those that do not concern it.
 
         Raises:
-            UsageError: a window that the model's positions can't express.
+            UsageError: the model's positions can't express the window.
         """
         raise NotImplementedError
 
     @abstractmethod
     def set_text(self, text: list[TextKeysValues]) -> None:
-        """The caption, as every block's keys and values; the same for all chunks."""
+        """Set the caption of all chunks, as every block's keys and values."""
 
     @property
     @abstractmethod
     def frames(self) -> int:
-        """Frames since the video began."""
+        """Number of finished frames since the start of the video."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes kept between chunks."""
+        """Bytes kept from chunk to chunk."""
 
     @abstractmethod
     def append(self, latents: Tensor) -> None:
@@ -90,7 +90,7 @@ class Context(ABC):
 
     @abstractmethod
     def open_chunk(self) -> None:
-        """Prepare the next chunk's denoising steps."""
+        """Prepare the denoising steps of the next chunk."""
 
     @abstractmethod
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
@@ -98,10 +98,10 @@ class Context(ABC):
 
 
 class CachedContext(Context):
-    """The cache queue."""
+    """The KV cache: finished frames are written to it once."""
 
     name = "cached"
-    description = "keys and values, written once and shared by all denoising steps (ours)"
+    description = "keys and values, written once and shared by all denoising steps (this method)"
     exact = caches = True
 
     @classmethod
@@ -142,10 +142,10 @@ class CachedContext(Context):
 
 
 class RecomputedContext(Context):
-    """The latents of the last P_max frames, fed again with every step: what a cache makes unnecessary."""
+    """The latents of the window's frames, which pass through the network again in every denoising step."""
 
     name = "recompute"
-    description = "the window's frames, fed again in every denoising step"
+    description = "the window's frames, recomputed in every denoising step"
     exact = True
 
     @classmethod
@@ -156,7 +156,6 @@ class RecomputedContext(Context):
         self.model, self.window = model, window
         self._text: list[TextKeysValues] = []
         self._frames = 0
-        self._numbers: list[int] = []
         self._latents: Tensor | None = None
 
     def set_text(self, text: list[TextKeysValues]) -> None:
@@ -171,11 +170,11 @@ class RecomputedContext(Context):
         return 0 if self._latents is None else self._latents.nbytes
 
     def append(self, latents: Tensor) -> None:
-        known = latents if self._latents is None else torch.cat([self._latents, latents], dim=2)
-        numbers = [*self._numbers, *range(self._frames, self._frames + latents.shape[2])]
-        self._frames += latents.shape[2]
-        self._numbers = self.window.context(self._frames)
-        self._latents = known[:, :, [numbers.index(f) for f in self._numbers]]
+        end = self._frames + latents.shape[2]
+        numbers = [*self.window.context(self._frames), *range(self._frames, end)]
+        joined = latents if self._latents is None else torch.cat([self._latents, latents], dim=2)
+        self._latents = joined[:, :, [numbers.index(f) for f in self.window.context(end)]]
+        self._frames = end
 
     def open_chunk(self) -> None:
         self._plan = self.model.context_plan(self.model.config.chunk_frames, self._frames, self.window)
@@ -188,7 +187,7 @@ class RecomputedContext(Context):
 
 
 contexts: Registry[type[Context]] = _contexts
-"""All contexts by name."""
+"""All contexts, by name."""
 
 
 def make_context(
@@ -201,6 +200,6 @@ def make_context(
     timesteps: Sequence[float] = (),
     fixed_frames: int | None = None,
 ) -> Context:
-    """An empty context of that name; see ``Context.create`` and ``ContextOptions``."""
+    """An empty context, by name; see ``Context.create`` and ``ContextOptions``."""
     options = ContextOptions(context_frames, sink_frames, timesteps, fixed_frames)
     return contexts[name].create(model, batch_size, options)

@@ -14,7 +14,7 @@ from ca2vdm_cli.config import BetaSchedule, DiffusionConfig, Prediction
 
 
 def _cumulative_products(config: DiffusionConfig) -> Tensor:
-    """(train_timesteps,) float64: how much of the latent's variance is left at each timestep."""
+    """(train_timesteps,) float64: the share of the latents' variance that is left at each timestep (alpha²)."""
     n = config.train_timesteps
     if config.beta_schedule is BetaSchedule.LINEAR:
         return torch.cumprod(1 - torch.linspace(1e-4, 2e-2, n, dtype=torch.float64), dim=0)
@@ -27,7 +27,7 @@ class NoiseProcess:
     """x_t = alpha_t · latent + sigma_t · noise: variance-preserving diffusion, or the straight paths of flow matching.
 
     Variance-preserving: alpha² + sigma² = 1. Flow matching (Lipman et al. 2023, Liu et al. 2023): alpha + sigma = 1,
-    and timestep t of N stands for sigma = (t + 1) / (N + 1), so that both are above zero always.
+    and timestep t of N means sigma = (t + 1) / (N + 1), so that both are always above zero.
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
@@ -37,8 +37,8 @@ class NoiseProcess:
             self.sigma = torch.arange(1, n + 1, dtype=torch.float64) / (n + 1)
             self.alpha = 1 - self.sigma
         else:
-            kept = _cumulative_products(config)
-            self.alpha, self.sigma = kept.sqrt(), (1 - kept).sqrt()
+            cumulative = _cumulative_products(config)
+            self.alpha, self.sigma = cumulative.sqrt(), (1 - cumulative).sqrt()
         """(train_timesteps,) float64 each."""
         self.half_log_snr = self.alpha.log() - self.sigma.log()
         """(train_timesteps,) float64: log(alpha / sigma)."""
@@ -49,26 +49,26 @@ class NoiseProcess:
         return self.alpha**2
 
     def alpha_sigma(self, timestep: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """alpha and sigma (B, 1, 1 or T, 1, 1) float32 of integer timesteps (B,), or (B, T) with one a frame.
+        """alpha and sigma (B, 1, 1 or T, 1, 1) float32 of integer timesteps (B,), or (B, T) with one per frame.
 
-        Timesteps are best kept on the CPU, where the tables are: looking them up then never waits for a GPU.
+        Keep timesteps on the CPU, where the tables are; looking them up then never waits for a GPU.
         """
         index = timestep.cpu().view(timestep.shape[0], 1, -1, 1, 1)
         return self.alpha[index].float().to(device), self.sigma[index].float().to(device)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """Latents (B, C, T, h, w) as they look at timesteps (B,)."""
+        """Latents (B, C, T, h, w) noised to timesteps (B,) or (B, T)."""
         alpha, sigma = self.alpha_sigma(timestep, latents.device)
         return alpha * latents + sigma * noise
 
     def draw_timesteps(self, count: int, shift: float, generator: torch.Generator | None) -> Tensor:
-        """Random timesteps (count,) on the CPU: uniform u, moved towards noise as shift · u / (1 + (shift - 1) · u)."""
+        """Random timesteps (count,) on the CPU: uniform u, shifted to shift · u / (1 + (shift - 1) · u)."""
         u = torch.rand(count, generator=generator, dtype=torch.float64)
         u = shift * u / (1 + (shift - 1) * u)
         return (u * self.config.train_timesteps).long().clamp(max=self.config.train_timesteps - 1)
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What the network should predict."""
+        """The network's target at timesteps (B,), (B, C, T, h, w)."""
         if self.config.prediction is Prediction.EPSILON:
             return noise
         if self.config.flow:
@@ -77,7 +77,7 @@ class NoiseProcess:
         return alpha * noise - sigma * latents
 
     def split(self, prediction: Tensor, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """The (latent, noise) that a prediction at x stands for, all (B, C, T, h, w) float32."""
+        """Convert the network's prediction at x to latents and noise, all (B, C, T, h, w) float32."""
         alpha, sigma = self.alpha_sigma(timestep, x.device)
         if self.config.prediction is Prediction.EPSILON:
             return (x - sigma * prediction) / alpha, prediction
@@ -88,7 +88,8 @@ class NoiseProcess:
     def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Noise (C, T, h, w) of one chunk on the CPU, standard normal in every frame.
 
-        Progressive noise (Ge et al. 2023) takes alpha / sqrt(1 + alpha²) of each frame's from the frame before.
+        With progressive noise (Ge et al. 2023), a share alpha / sqrt(1 + alpha²) of each frame's noise is that of the
+        frame before.
         """
         noise = torch.randn(shape, generator=generator)
         alpha = self.config.progressive_noise
@@ -100,17 +101,17 @@ class NoiseProcess:
         return noise
 
     def draw_levels(self, frames: int, chunk: int, generator: torch.Generator | None = None) -> Tensor:
-        """Timesteps (frames,) of prefix perturbation: one for every ``chunk`` frames, counted from the end, as they are
-        written to the cache. Empty where the weights were trained on clean frames.
+        """Timesteps (frames,) of prefix perturbation, the same for each ``chunk`` frames that are written to the cache
+        together, counted from the end. Empty if the weights were trained with a clean prefix.
         """
         if self.config.prefix_noise is None:
             return torch.zeros(0, dtype=torch.int64)
         low, high = self.config.prefix_noise
-        level = torch.randint(low, high + 1, (-(-frames // chunk),), generator=generator)
-        return level.repeat_interleave(chunk)[len(level) * chunk - frames :]
+        levels = torch.randint(low, high + 1, (-(-frames // chunk),), generator=generator)
+        return levels.repeat_interleave(chunk)[len(levels) * chunk - frames :]
 
     def perturb_prefix(self, latents: Tensor, chunk: int, generator: torch.Generator | None = None) -> Tensor:
-        """One video's clean frames (1, C, T, h, w) with a little noise, where the weights were trained so."""
+        """One video's clean frames (1, C, T, h, w), slightly noised if the weights were trained that way."""
         levels = self.draw_levels(latents.shape[2], chunk, generator)
         if not len(levels):
             return latents
@@ -119,10 +120,10 @@ class NoiseProcess:
 
 
 def posterior(beta: Tensor, previous: Tensor, current: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q(x_s | x_t, latent) of DDPM, by the cumulative products at s (previous) and t (current), and beta between them.
+    """DDPM's posterior q(x_s | x_t, latents), from the cumulative products at s (previous) and t (current) and beta.
 
     Returns:
-        Factors of latent and x_t in the mean, the log of its variance, and the log of beta (its upper bound).
+        The factors of the latents and of x_t in the mean, the log variance, and log beta (its upper bound).
     """
     variance = beta * (1 - previous) / (1 - current)
     latent_factor = beta * previous.sqrt() / (1 - current)
@@ -133,17 +134,17 @@ def posterior(beta: Tensor, previous: Tensor, current: Tensor) -> tuple[Tensor, 
 def variational_bound(
     process: NoiseProcess, latents: Tensor, x: Tensor, timestep: Tensor, prediction: Tensor, variance: Tensor
 ) -> Tensor:
-    """One step's term of the variational bound in bits per dimension (Nichol & Dhariwal 2021), (B,).
+    """The variational bound's term of one step, in bits per dimension (Nichol & Dhariwal 2021), (B,).
 
-    KL divergence of the model's step from the true posterior; at timestep 0 the Gaussian negative log-likelihood of the
-    latents. Only the variance channels get a gradient: pass the prediction detached.
+    The KL divergence between the true posterior and the model's step; at timestep 0 the Gaussian negative
+    log-likelihood of the latents. Only the variance channels should get a gradient: pass a detached prediction.
     """
-    kept = process.cumulative
+    cumulative = process.cumulative
     index = timestep.cpu()
-    previous = torch.where(index > 0, kept[(index - 1).clamp(min=0)], torch.ones_like(kept[0]))
-    view = (-1, 1, 1, 1, 1)
+    previous = torch.where(index > 0, cumulative[(index - 1).clamp(min=0)], torch.ones_like(cumulative[0]))
+    current, view = cumulative[index], (-1, 1, 1, 1, 1)
     latent_factor, x_factor, log_min, log_max = (
-        table.view(view).to(x) for table in posterior(1 - kept[index] / previous, previous, kept[index])
+        table.view(view).to(x) for table in posterior(1 - current / previous, previous, current)
     )
     first = (index == 0).view(view).to(x.device)
     log_min = torch.where(first, _first_log_variance(process), log_min)
@@ -159,12 +160,12 @@ def variational_bound(
 
 
 def _first_log_variance(process: NoiseProcess) -> float:
-    """The posterior's variance is 0 at timestep 0; the published code uses that of timestep 1 there."""
+    """Log variance at timestep 0, where the posterior's is 0: that of timestep 1, as in the published code."""
     previous, current = process.cumulative[:2]
     return float(posterior(1 - current / previous, previous, current)[2])
 
 
 def interpolate_variance(variance: Tensor, log_min: Tensor, log_max: Tensor) -> Tensor:
-    """Log variance between the posterior's and beta's, by the network's channels in [-1, 1]."""
+    """Interpolate the log variance between the posterior's (-1) and beta's (1) by the network's variance channels."""
     share = (variance + 1) / 2
     return share * log_max + (1 - share) * log_min

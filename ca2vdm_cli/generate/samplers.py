@@ -23,29 +23,29 @@ from ca2vdm_cli.plugins import samplers as _samplers
 from .diffusion import NoiseProcess, interpolate_variance, posterior
 
 DrawNoise = Callable[[int], Tensor]
-"""Standard normal noise (B, C, L, h, w) to be added after denoising step i."""
+"""Draws standard normal noise (B, C, L, h, w) to add after denoising step i."""
 
 
 class Sampler(ABC):
-    """Turns noise into latents in N steps. One object serves one chunk at a time; ``start`` begins a new one.
+    """Turns noise into latents in N steps, one chunk at a time; ``start`` begins a new chunk.
 
     Subclass it, set ``timesteps``, and register the class (hook ``ca2vdm_register_samplers``).
 
     Args:
         process: the model's noise process.
         steps: N.
-        last_timestep: the cleanest timestep, for samplers that support choosing it; others ignore it.
+        last_timestep: the cleanest timestep; samplers that can't choose it ignore it.
 
     Raises:
-        UsageError: the process has fewer timesteps, or is of a kind that the sampler can't use.
+        UsageError: the noise process has fewer timesteps than N, or the sampler does not support it.
     """
 
     name: ClassVar[str]
-    """What users type after ``--sampler``."""
+    """The name that selects it, such as ``--sampler ddim``."""
     description: ClassVar[str]
     """One line."""
     timesteps: Sequence[float]
-    """The N timesteps, noisiest first. They are whole numbers, except for some schedulers of diffusers."""
+    """The N timesteps, noisiest first. They are integers, except for some diffusers schedulers."""
 
     def __init__(self, process: NoiseProcess, steps: int, last_timestep: int = 0) -> None:
         if not 1 <= steps <= process.config.train_timesteps:
@@ -53,15 +53,15 @@ class Sampler(ABC):
         self.process = process
 
     def start(self, x: Tensor) -> Tensor:
-        """Begin a chunk at standard normal noise x; returns what the network sees first."""
+        """Begin a chunk with standard normal noise x; returns x at step 0."""
         return x
 
     def scale_input(self, index: int, x: Tensor) -> Tensor:
-        """What the network sees of x at step ``index``."""
+        """The network's input for x at step ``index``."""
         return x
 
     def noised(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """x at step ``index`` as it would be on the way from this noise to these latents; call ``start`` before."""
+        """x at step ``index``, on the path from this noise to these latents. Call ``start`` first."""
         return self.process.add_noise(latents, noise, torch.tensor([int(self.timesteps[index])]))
 
     @abstractmethod
@@ -71,8 +71,8 @@ class Sampler(ABC):
         Args:
             index: which step, from 0.
             x: (B, C, L, h, w) float32.
-            output: the network's (B, C or 2C, L, h, w) float32.
-            noise: draws the step's noise, if it needs any.
+            output: the network's output (B, C or 2C, L, h, w) float32.
+            noise: draws the step's noise, if the sampler needs any.
         """
 
     def _split(self, index: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,10 +80,10 @@ class Sampler(ABC):
 
 
 def evenly_respaced(train_timesteps: int, steps: int) -> list[int]:
-    """N timesteps spread evenly from 0 to the last, rounded, noisiest first (published); the last alone if N is 1.
+    """N timesteps, evenly spaced from 0 to the last and rounded, noisiest first (as published); N = 1 gives the last.
 
-    The stride is added up and not multiplied, as published: where a timestep falls halfway between two, as with
-    N = 21, that decides which one is taken.
+    The stride is accumulated, not multiplied, as in the published code. This decides how a timestep halfway between two
+    integers is rounded, as with N = 21.
     """
     last = train_timesteps - 1
     if steps == 1:
@@ -93,7 +93,7 @@ def evenly_respaced(train_timesteps: int, steps: int) -> list[int]:
 
 
 class AncestralSampler(Sampler):
-    """DDPM with respaced timesteps; variance learned between the posterior's and beta's, or the posterior's (IDDPM)."""
+    """DDPM on respaced timesteps (IDDPM); the variance is learned, or else that of the posterior."""
 
     name = "ancestral"
     description = "DDPM on respaced timesteps (published)"
@@ -107,9 +107,9 @@ class AncestralSampler(Sampler):
                 "sampler: ancestral needs a variance-preserving process; flow matching takes ddim or dpm++"
             )
         self.timesteps = timesteps or evenly_respaced(process.config.train_timesteps, steps)
-        kept = process.cumulative[self.timesteps]
-        beta = (1 - kept / torch.cat([kept[1:], torch.ones(1, dtype=kept.dtype)])).float()
-        # float32 from here on, as published: 1 - 0.9999 is off by 1.7e-4 of itself, which scales the last step's output
+        cumulative = process.cumulative[self.timesteps]
+        beta = (1 - cumulative / torch.cat([cumulative[1:], torch.ones(1, dtype=cumulative.dtype)])).float()
+        # float32 from here on, as published: 1 - 0.9999 has a relative error of 1.7e-4, which scales the last output
         current = torch.cumprod(1 - beta.flip(0), dim=0).flip(0)
         previous = torch.cat([current[1:], torch.ones(1)])
         self._posterior = posterior(beta, previous, current)
@@ -145,15 +145,15 @@ class DdimSampler(Sampler):
 
 
 def trailing(train_timesteps: int, steps: int) -> list[int]:
-    """N timesteps that cut the noise range into N equal parts, the noisy end of each, noisiest first.
+    """The noisy ends of N equal parts of the noise range, noisiest first.
 
-    The last step goes all the way to clean, where evenly respaced ones waste it at timestep 0 (Lin et al. 2024).
+    The last step removes all remaining noise; evenly respaced timesteps waste it at timestep 0 (Lin et al. 2024).
     """
     return [round(train_timesteps * (steps - k) / steps) - 1 for k in range(steps)]
 
 
 class TrailingSampler(DdimSampler):
-    """DDIM on trailing timesteps: what distilled models are sampled with, at 1 to 4 steps."""
+    """DDIM on trailing timesteps, for distilled models with 1 to 4 steps."""
 
     name = "trailing"
     description = "DDIM on trailing timesteps, for distilled models"
@@ -164,7 +164,7 @@ class TrailingSampler(DdimSampler):
 
 
 class LogSnrSampler(DdimSampler):
-    """DDIM on the timesteps of ``dpm++``: what models distilled for few, unequal steps are sampled with."""
+    """DDIM on the timesteps of ``dpm++``, for models distilled for a few unequal steps."""
 
     name = "log-snr"
     description = "DDIM on timesteps evenly spaced in log SNR, for distilled models"
@@ -177,13 +177,13 @@ class LogSnrSampler(DdimSampler):
 def evenly_in_log_snr(
     process: NoiseProcess, steps: int, last_timestep: int = 0, first_timestep: int | None = None
 ) -> list[int]:
-    """N timesteps spread evenly in half log SNR, noisiest first, down to ``last_timestep``.
+    """N timesteps evenly spaced in half log SNR, noisiest first, down to ``last_timestep``.
 
-    Few steps spread evenly in time would end in one long jump from mild noise to none, which loses fine variation. The
-    first timestep is by default the last of training; noise beyond a half log SNR of -5 counts as -5.
+    With few steps evenly spaced in time, the last would jump from mild noise to none and lose fine variation.
+    ``first_timestep`` is the noisiest training timestep by default. A half log SNR below -5 counts as -5.
 
     Raises:
-        UsageError: there are not as many timesteps.
+        UsageError: there are fewer than N timesteps.
     """
     half_log_snr = process.half_log_snr
     first = len(half_log_snr) - 1 if first_timestep is None else first_timestep
@@ -202,10 +202,10 @@ def evenly_in_log_snr(
 
 
 class DpmSolverSampler(Sampler):
-    """DPM-Solver++(2M) (Lu et al. 2022): second order, good at 8 to 20 steps."""
+    """DPM-Solver++(2M) (Lu et al. 2022): second order, good with 8 to 20 steps."""
 
     name = "dpm++"
-    description = "DPM-Solver++(2M), second order, good at 8 to 20 steps"
+    description = "DPM-Solver++(2M), second order, good with 8 to 20 steps"
 
     def __init__(self, process: NoiseProcess, steps: int, last_timestep: int = 0) -> None:
         super().__init__(process, steps)
@@ -226,19 +226,18 @@ class DpmSolverSampler(Sampler):
             return latents
         lam = self._half_log_snr
         step = lam[index + 1] - lam[index]
-        guess = latents
-        if before is not None:  # extrapolate the latents linearly in half log SNR
-            guess = latents + (latents - before) * (step / (2 * (lam[index] - lam[index - 1])))
+        if before is not None:  # extrapolate linearly in half log SNR
+            latents = latents + (latents - before) * (step / (2 * (lam[index] - lam[index - 1])))
         ratio = self._sigma[index + 1] / self._sigma[index]
-        return ratio * x - self._alpha[index + 1] * float(np.expm1(-step)) * guess
+        return ratio * x - self._alpha[index + 1] * float(np.expm1(-step)) * latents
 
 
 samplers: Registry[type[Sampler]] = _samplers
-"""All samplers by name."""
+"""All samplers, by name."""
 
 
 class DiffusersSampler(Sampler):
-    """Any scheduler class of the diffusers library (extra ``latent``), configured for this noise process."""
+    """Any scheduler class of the diffusers library (extra ``latent``), configured for the noise process."""
 
     def __init__(self, process: NoiseProcess, steps: int, name: str) -> None:
         super().__init__(process, steps)
@@ -252,22 +251,22 @@ class DiffusersSampler(Sampler):
             raise UsageError(
                 f"sampler: {name!r} is for variance-preserving processes; flow matching takes ddim or dpm++"
             )
-        kind = getattr(diffusers, name, None)
-        if name in _OTHER_PROCESSES or "trained_betas" not in _parameters(kind):
+        scheduler_class = getattr(diffusers, name, None)
+        if name in _OTHER_PROCESSES or "trained_betas" not in _parameters(scheduler_class):
             raise UsageError(
-                f"sampler: {name!r} is none of {', '.join(samplers)}, nor a scheduler of diffusers for this noise "
+                f"sampler: {name!r} is none of {', '.join(samplers)}, nor a diffusers scheduler for this noise "
                 "process (such as UniPCMultistepScheduler)"
             )
-        kept = process.cumulative
-        betas = 1 - kept / torch.cat([torch.ones(1, dtype=kept.dtype), kept[:-1]])
+        cumulative = process.cumulative
+        betas = 1 - cumulative / torch.cat([torch.ones(1, dtype=cumulative.dtype), cumulative[:-1]])
         settings = {
-            "num_train_timesteps": len(kept),
+            "num_train_timesteps": len(cumulative),
             "trained_betas": betas.tolist(),
             "prediction_type": {"epsilon": "epsilon", "v": "v_prediction"}[process.config.prediction.value],
             "clip_sample": False,
         }
         try:
-            self._scheduler = kind.from_config(settings)  # type: ignore[union-attr]
+            self._scheduler = scheduler_class.from_config(settings)  # type: ignore[union-attr]
             self._scheduler.set_timesteps(steps)
         except Exception as error:  # whatever a third party's constructor raises
             raise UsageError(f"sampler: {name} can't be used here ({first_line(error)})") from error
@@ -276,7 +275,7 @@ class DiffusersSampler(Sampler):
         self.timesteps = [float(t) for t in self._scheduler.timesteps]
 
     def start(self, x: Tensor) -> Tensor:
-        self._scheduler.set_timesteps(self._steps, device=x.device)  # forgets the last chunk
+        self._scheduler.set_timesteps(self._steps, device=x.device)  # resets its state
         return x * float(self._scheduler.init_noise_sigma)
 
     def scale_input(self, index: int, x: Tensor) -> Tensor:
@@ -290,7 +289,7 @@ class DiffusersSampler(Sampler):
 
     def step(self, index: int, x: Tensor, output: Tensor, noise: DrawNoise) -> Tensor:
         arguments = {}
-        if self._random:  # a generator for each video, seeded by that video's own noise
+        if self._random:  # one generator per video, seeded by that video's noise
             seeds = noise(index).flatten(1)[:, 0].cpu().double().mul(2**40).long().abs().tolist()
             arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         out: Tensor = self._scheduler.step(
@@ -300,7 +299,7 @@ class DiffusersSampler(Sampler):
 
 
 _OTHER_PROCESSES = frozenset({"IPNDMScheduler", "UnCLIPScheduler", "DDIMInverseScheduler"})
-"""Schedulers of diffusers that take betas and then sample something else."""
+"""diffusers schedulers that accept betas but sample another process."""
 
 
 def _parameters(function: object) -> Container[str]:
@@ -311,16 +310,16 @@ def _parameters(function: object) -> Container[str]:
 
 
 def make_sampler(name: str, process: NoiseProcess, steps: int, last_timestep: int = 0) -> Sampler:
-    """The sampler of that name: a registered one, or a scheduler class of diffusers.
+    """The sampler with that name: a registered one, or a scheduler class of diffusers.
 
     Args:
         name: a registered name, or the name of a class in diffusers.
         process: the model's noise process.
         steps: N.
-        last_timestep: the cleanest timestep, for samplers that support choosing it.
+        last_timestep: the cleanest timestep; samplers that can't choose it ignore it.
 
     Raises:
-        UsageError: no such sampler, or not for this process or number of steps.
+        UsageError: there is no such sampler, or it does not support this process or number of steps.
     """
     if name in samplers:
         return samplers[name](process, steps, last_timestep)
@@ -330,16 +329,16 @@ def make_sampler(name: str, process: NoiseProcess, steps: int, last_timestep: in
 def sampler_for(
     process: NoiseProcess, sampling: SamplingConfig, *, name: str | None = None, steps: int | None = None
 ) -> Sampler:
-    """A preset's sampler.
+    """The sampler that a preset names.
 
     Args:
         process: the preset's noise process.
         sampling: the preset's ``sampling`` section.
-        name: another sampler than the preset's.
-        steps: another number of steps than the preset's.
+        name: a sampler to use instead of the preset's.
+        steps: a number of steps to use instead of the preset's.
 
     Raises:
-        UsageError: as ``make_sampler``.
+        UsageError: see ``make_sampler``.
     """
     steps = sampling.steps if steps is None else steps
     return make_sampler(name or sampling.sampler, process, steps, sampling.last_timestep)

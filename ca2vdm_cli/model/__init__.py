@@ -1,1 +1,1 @@
-"""The neural network (the method): attention, the KV cache, and frames in time."""
+"""The network: transformer, attention, KV cache and temporal window."""

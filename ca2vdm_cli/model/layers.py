@@ -1,13 +1,14 @@
 """The layers of the transformer: embeddings, the four attentions, the MLP.
 
 Parameter names are those of the published checkpoint. Shape letters: B batch, T frames (P clean, L noisy in J chunks of
-l), S tokens a frame, D width, H heads, E head size, R slots of the temporal ring, K frames of the spatial prefix, M
+l), S tokens per frame, D width, H heads, E head size, R slots of the temporal ring, K frames of the spatial prefix, M
 text tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ca2vdm_cli.config import ModelConfig, SpatialPrefix
 
 from .attention import Backend
-from .frame_plan import FramePlan, rotate
+from .frame_plan import CachePlan, FramePlan, SequencePlan, rotate
 from .kv_cache import LayerCache, TextKeysValues, write_slots
 
 
@@ -28,7 +29,7 @@ def sincos_1d(positions: Tensor, size: int) -> Tensor:
 
 
 def sincos_2d(height: int, width: int, size: int) -> Tensor:
-    """(height*width, size): the first half of the channels tells the column, the second the row (as in DiT)."""
+    """(height*width, size): the first half of the channels encodes the column, the second the row (as in DiT)."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.cat([sincos_1d(columns.flatten(), size // 2), sincos_1d(rows.flatten(), size // 2)], dim=1)
 
@@ -67,25 +68,25 @@ class TimestepEmbedder(nn.Module):
         return out
 
 
-GELU_NUMBERS = 2**18
-"""How many numbers a half-precision GELU takes at a time; in float32 they fit a core's cache."""
+GELU_VALUES = 2**18
+"""Values that a half-precision GELU processes at a time; in float32 they fit a core's cache."""
 
 
 def gelu(x: Tensor) -> Tensor:
     """tanh-GELU (Hendrycks & Gimpel 2016), x·(1 + tanh u)/2 with u = √(2/π)·(x + 0.044715·x³), which is x·σ(2u).
 
-    PyTorch's tanh takes three times as long as its sigmoid on CPUs. Half precision goes through float32 in parts, which
-    rounds once as PyTorch's own does.
+    On CPUs, PyTorch's tanh takes three times as long as its sigmoid. Half precision is computed in float32, part by
+    part, and rounded once, as PyTorch does it.
     """
     if x.device.type != "cpu" or x.requires_grad:
         return F.gelu(x, approximate="tanh")
     if x.dtype.itemsize >= 4:
         return _gelu_by_sigmoid(x)
-    if torch.compiler.is_compiling():  # which makes one loop of it
+    if torch.compiler.is_compiling():  # the compiler fuses it into one loop
         return F.gelu(x, approximate="tanh")
     out = torch.empty(x.shape, dtype=x.dtype)
-    for part, into in zip(x.flatten().split(GELU_NUMBERS), out.view(-1).split(GELU_NUMBERS), strict=True):
-        into.copy_(_gelu_by_sigmoid(part.float()))
+    for part, out_part in zip(x.flatten().split(GELU_VALUES), out.view(-1).split(GELU_VALUES), strict=True):
+        out_part.copy_(_gelu_by_sigmoid(part.float()))
     return out
 
 
@@ -124,7 +125,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """What the self-attentions share: the projections, and the backend's kernel between them."""
+    """The projections that all self-attentions have, around the backend's attention kernel."""
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class SelfAttention(nn.Module):
         return out.unflatten(-1, (last - first, self.heads, self.head_size)).unbind(-3)
 
     def merge(self, out: Tensor) -> Tensor:
-        """Heads side by side and through the output projection, (..., H, E) -> (..., D)."""
+        """Concatenate the heads and apply the output projection, (..., H, E) -> (..., D)."""
         merged: Tensor = self.proj(out.flatten(-2))
         return merged
 
@@ -163,56 +164,63 @@ class PrefixAttention(SelfAttention):
 
     def forward(self, x: Tensor, plan: FramePlan, cache: LayerCache | None) -> Tensor:
         """(B, T, S, D) -> (B, T, S, D); a clean write also fills the spatial cache."""
-        clean, noisy = x[:, : plan.clean_frames], x[:, plan.clean_frames :]
-        outs = []
-        if clean.shape[1]:
-            keys, values = self.project(clean, 1, 3)  # (B, P, S, H, E)
-            if cache is not None:
-                self._write(keys, values, plan, cache)
-            outs.append(self._clean(clean, keys, values, cache))
-        if noisy.shape[1] and cache is not None:
-            assert cache.spatial_k is not None and cache.spatial_v is not None and plan.has_prefix is not None
-            out = self._look(noisy, cache.spatial_k.flatten(2, 3), cache.spatial_v.flatten(2, 3), plan.spatial_mask)
-            outs.append(torch.where(plan.has_prefix, out, 0))
-        elif noisy.shape[1] and clean.shape[1]:
-            outs.append(self._look_by_chunk(noisy, keys, values, plan))
-        elif noisy.shape[1]:
-            outs.append(torch.zeros_like(noisy))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        if isinstance(plan, CachePlan) and cache is not None:
+            return self._with_cache(x, plan, cache)
+        assert isinstance(plan, SequencePlan)
+        return self._without_cache(x, plan)
 
-    def _write(self, keys: Tensor, values: Tensor, plan: FramePlan, cache: LayerCache) -> None:
-        for buffer, new in ((cache.spatial_k, keys), (cache.spatial_v, values)):
-            assert buffer is not None and plan.spatial_source is not None and plan.spatial_slots is not None
-            frames = new.index_select(1, plan.spatial_source).permute(0, 3, 1, 2, 4)  # (B, H, K, S, E)
-            if self.first_frame:  # the video's first frame, once written, stays
-                frames = torch.where(plan.has_prefix, buffer, frames)  # type: ignore[arg-type]
+    def _with_cache(self, x: Tensor, plan: CachePlan, cache: LayerCache) -> Tensor:
+        """Frames that are all clean, and are written, or all noisy, and look at frames written earlier."""
+        if plan.clean_frames:
+            keys, values = self.project(x, 1, 3)  # (B, T, S, H, E)
+            self._write([part.index_select(1, plan.spatial_source) for part in (keys, values)], plan, cache)
+            if self.first_frame:
+                return self._look(x, cache.spatial_k.flatten(2, 3), cache.spatial_v.flatten(2, 3))
+            return self._look_at_itself(x, keys, values)
+        out = self._look(x, cache.spatial_k.flatten(2, 3), cache.spatial_v.flatten(2, 3), plan.spatial_mask)
+        if plan.writes_noisy_prefix:
+            self._write(self.project(x.index_select(1, plan.spatial_source), 1, 3), plan, cache)
+        return torch.where(plan.has_prefix, out, 0)
+
+    def _write(self, keys_values: Iterable[Tensor], plan: CachePlan, cache: LayerCache) -> None:
+        """Write the keys and values of some frames, (B, K, S, H, E) each, to the spatial cache."""
+        for buffer, frames in zip((cache.spatial_k, cache.spatial_v), keys_values, strict=True):
+            frames = frames.permute(0, 3, 1, 2, 4)  # (B, H, K, S, E)
+            if self.first_frame:  # once written, the video's first frame stays
+                frames = torch.where(plan.has_prefix, buffer, frames)
             buffer.index_copy_(2, plan.spatial_slots, frames)
 
-    def _clean(self, x: Tensor, keys: Tensor, values: Tensor, cache: LayerCache | None) -> Tensor:
-        """A clean frame sees its own tokens or, in ``first_frame`` mode, those of the video's first frame."""
-        if not self.first_frame:
-            (q,) = self.project(x, 0, 1)  # (B, P, S, H, E)
-            q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in (q, keys, values))  # (B*P, H, S, E)
-            return self.merge(self.attend(q, k, v).transpose(1, 2)).view_as(x)
-        if cache is not None:
-            assert cache.spatial_k is not None and cache.spatial_v is not None
-            return self._look(x, cache.spatial_k.flatten(2, 3), cache.spatial_v.flatten(2, 3))
-        return self._look(x, keys[:, 0].transpose(1, 2), values[:, 0].transpose(1, 2))
+    def _without_cache(self, x: Tensor, plan: SequencePlan) -> Tensor:
+        """Clean frames, then noisy ones; without clean frames the layer adds nothing."""
+        clean, noisy = x[:, : plan.clean_frames], x[:, plan.clean_frames :]
+        if not clean.shape[1]:
+            return torch.zeros_like(noisy)
+        keys, values = self.project(clean, 1, 3)  # (B, P, S, H, E)
+        if self.first_frame:
+            out = self._look(clean, keys[:, 0].transpose(1, 2), values[:, 0].transpose(1, 2))
+        else:
+            out = self._look_at_itself(clean, keys, values)
+        return torch.cat([out, self._look_by_chunk(noisy, keys, values, plan)], dim=1) if noisy.shape[1] else out
 
-    def _look_by_chunk(self, noisy: Tensor, keys: Tensor, values: Tensor, plan: FramePlan) -> Tensor:
-        """Each of the J noisy chunks of (B, J*l, S, D) looks at its own K of the clean frames' keys (B, P, S, H, E)."""
-        assert plan.prefix_frames is not None
-        chunks, kept = plan.prefix_frames.shape
+    def _look_at_itself(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Each clean frame of x (B, P, S, D) sees its own tokens, with keys and values (B, P, S, H, E)."""
+        (q,) = self.project(x, 0, 1)  # (B, P, S, H, E)
+        q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in (q, keys, values))  # (B*P, H, S, E)
+        return self.merge(self.attend(q, k, v).transpose(1, 2)).view_as(x)
+
+    def _look_by_chunk(self, noisy: Tensor, keys: Tensor, values: Tensor, plan: SequencePlan) -> Tensor:
+        """Each of the J noisy chunks of (B, J*l, S, D) looks at its K frames of the keys and values (B, P, S, H, E)."""
+        chunks, count = plan.prefix_frames.shape
         frames = plan.prefix_frames.flatten()
         k, v = (  # (B*J, H, K*S, E)
-            part.index_select(1, frames).unflatten(1, (chunks, kept)).flatten(0, 1).flatten(1, 2).transpose(1, 2)
+            part.index_select(1, frames).unflatten(1, (chunks, count)).flatten(0, 1).flatten(1, 2).transpose(1, 2)
             for part in (keys, values)
         )
         by_chunk = noisy.unflatten(1, (chunks, -1)).flatten(0, 1)  # (B*J, l, S, D)
         if plan.prefix_seen is None:
             return self._look(by_chunk, k, v).view_as(noisy)
         exists = plan.prefix_seen.any(dim=1)
-        mask = plan.prefix_seen | ~exists[:, None]  # every query has to see something; what it saw is dropped below
+        mask = plan.prefix_seen | ~exists[:, None]  # every query must see a key; its output is set to zero below
         mask = mask.repeat_interleave(noisy.shape[2], dim=1)[:, None, None].repeat(noisy.shape[0], 1, 1, 1)
         out = self._look(by_chunk, k, v, mask).view_as(noisy)
         return torch.where(exists.repeat_interleave(by_chunk.shape[1])[:, None, None], out, 0)
@@ -225,16 +233,16 @@ class PrefixAttention(SelfAttention):
 
 
 class TemporalAttention(SelfAttention):
-    """Each of the S positions attends over time, to itself and to earlier frames."""
+    """Each of the S positions attends over time, to its own frame and to earlier ones."""
 
     def forward(self, x: Tensor, plan: FramePlan, cache: LayerCache | None, first: int = 0) -> Tensor:
-        """(B, T, S, D) -> (B, T - first, S, D). With a cache, the frames' keys and values are put in their slots first.
+        """(B, T, S, D) -> (B, T - first, S, D). With a cache, the frames' keys and values are first put in their slots.
 
         Args:
             x: tokens.
             plan: how the frames relate.
             cache: this block's buffers.
-            first: of the frames before it nothing but keys and values is needed.
+            first: frames before this one have keys and values but no output.
         """
         b, _, s, _ = x.shape
         parts = (*self.project(x[:, first:], 0, 1), *self.project(x, 1, 3)) if first else self.project(x)
@@ -242,16 +250,17 @@ class TemporalAttention(SelfAttention):
         mask = plan.temporal_mask if plan.temporal_mask is None else plan.temporal_mask[first:]
         if plan.rotation is not None:
             q, k = rotate(q, *(part[first:] for part in plan.rotation)), rotate(k, *plan.rotation)
-        if cache is not None:
-            k, v = self._store(k, v, plan, cache)
-        if plan.shifted_sinks is not None:
-            frames, *turn = plan.shifted_sinks
-            k = torch.cat([k, rotate(k.index_select(2, frames), *turn)], dim=2)
+        if isinstance(plan, CachePlan) and cache is not None:
+            self._store(k, v, plan, cache)
+            k, v = cache.temporal_k, cache.temporal_v
+        elif isinstance(plan, SequencePlan) and plan.shifted_sinks is not None:
+            frames, *angles = plan.shifted_sinks
+            k = torch.cat([k, rotate(k.index_select(2, frames), *angles)], dim=2)
             v = torch.cat([v, v.index_select(2, frames)], dim=2)
         out = self.attend(q, k, v, mask)  # (B*S, H, T - first, E)
         return self.merge(out.unflatten(0, (b, s)).permute(0, 3, 1, 2, 4))
 
-    def write(self, x: Tensor, plan: FramePlan, cache: LayerCache) -> None:
+    def write(self, x: Tensor, plan: CachePlan, cache: LayerCache) -> None:
         """Put the frames' keys and values in their slots, and nothing else."""
         k, v = (part.permute(0, 2, 3, 1, 4).flatten(0, 1) for part in self.project(x, 1, 3))
         if plan.rotation is not None:
@@ -259,15 +268,13 @@ class TemporalAttention(SelfAttention):
         self._store(k, v, plan, cache)
 
     @staticmethod
-    def _store(k: Tensor, v: Tensor, plan: FramePlan, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        assert plan.slots is not None
+    def _store(k: Tensor, v: Tensor, plan: CachePlan, cache: LayerCache) -> None:
         write_slots(cache.temporal_k, plan.slots, k)
         write_slots(cache.temporal_v, plan.slots, v)
-        return cache.temporal_k, cache.temporal_v
 
 
 class CrossAttention(nn.Module):
-    """Tokens attend to the caption, whose keys and values are computed once a prompt."""
+    """Tokens attend to the caption, whose keys and values are computed once per prompt."""
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Frames in time: where frame f sits, and what a chunk sees."""
+"""The temporal window: which clean frames a chunk sees, and the slot and position of each frame."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from ca2vdm_cli.errors import UsageError
 
 
 class TemporalWindow:
-    """Where frame f of a video sits: its slot in the ring, its temporal position, and what a chunk can see.
+    """Which clean frames a chunk sees, and for each frame its slot in the ring and its temporal position.
 
     Args:
         config: the model.
-        context_frames: window in frames, at most what the position table allows; the model's own by default.
+        context_frames: window in frames; the model's own by default.
         sink_frames: first frames that always stay in the window; the model's own by default.
 
     Raises:
-        UsageError: a window that the model's positions can't express.
+        UsageError: the model's positions can't express this window, or it has no room for sinks and spatial prefix.
     """
 
     def __init__(self, config: ModelConfig, context_frames: int | None = None, sink_frames: int | None = None) -> None:
@@ -44,24 +44,24 @@ class TemporalWindow:
             )
 
     def _wrap(self, frame: int, length: int) -> int:
-        """Frame numbers wrap at ``length``, but the sinks keep theirs."""
+        """Wrap a frame number at ``length``; sinks keep theirs."""
         if frame < self.sink_frames:
             return frame
         return self.sink_frames + (frame - self.sink_frames) % (length - self.sink_frames)
 
     def slot(self, frame: int) -> int:
-        """Slot of a frame in the temporal ring."""
+        """A frame's slot in the temporal ring."""
         return self._wrap(frame, self.slots)
 
     def sink_shift(self, start: int) -> int:
-        """rope: how far the sinks have moved along, so as to stay right before a window that ends at ``start``."""
+        """rope: how far the sinks shift to stay directly before the rest of a window that ends at ``start``; else 0."""
         return max(0, start - self.context_frames) if self.kind is TemporalPositions.ROPE else 0
 
     def position(self, frame: int, start: int) -> int:
         """Temporal position of a frame as seen by the chunk that begins at frame ``start``.
 
         Raises:
-            UsageError: the video has outgrown a table that does not wrap.
+            UsageError: the frame is beyond a position table that does not wrap.
         """
         self.check_length(frame + 1)
         if self.kind is TemporalPositions.ROPE:
@@ -72,11 +72,11 @@ class TemporalWindow:
 
     @property
     def longest(self) -> int | None:
-        """The most frames that a video can have; None where positions wrap or rotate."""
+        """The most frames that a video can have; None with positions that wrap or rotate."""
         return self.table if self.kind is TemporalPositions.ABSOLUTE else None
 
     def check_length(self, frames: int) -> None:
-        """Raises ``UsageError`` where a video of so many frames, the last chunk whole, outgrows a table."""
+        """Raise ``UsageError`` if a video of this length (in whole chunks) does not fit the position table."""
         if self.longest is not None and frames > self.longest:
             raise UsageError(
                 f"frames: this model's absolute positions end after {self.longest} frames, made in whole chunks of "
@@ -84,7 +84,7 @@ class TemporalWindow:
             )
 
     def context(self, start: int) -> list[int]:
-        """The clean frames that a chunk beginning at frame ``start`` sees, oldest first."""
+        """The clean frames that a chunk starting at frame ``start`` sees, oldest first."""
         if start <= self.context_frames:
             return list(range(start))
         return [*range(self.sink_frames), *range(start - self.context_frames + self.sink_frames, start)]

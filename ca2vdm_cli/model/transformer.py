@@ -1,11 +1,11 @@
 """The causal video diffusion transformer of Ca2-VDM (arXiv 2411.16375, section 3), from the top down.
 
 One forward serves training, recomputing and cached denoising. Frames attend only to earlier frames, and clean frames
-always carry timestep 0, so what a clean frame contributes never depends on the noisy ones: it can be fed again each
-time or read from a cache that is passed in, and the result is the same.
+always have timestep 0, so a clean frame's keys and values never depend on noisy frames. Whether they are computed again
+or read from a cache that is passed in, the result is the same.
 
 Parameter names are those of the published checkpoint. Shape letters: B batch, C channels, T frames (P clean, then L
-noisy), h, w latent height and width, S tokens a frame, D width, M text tokens.
+noisy), h, w latent height and width, S tokens per frame, D width, M text tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ca2vdm_cli.config import ModelConfig, SpatialPrefix, TemporalPositions
 
 from .attention import Backend
-from .frame_plan import FramePlan, parallel_plan, sequence_plan
+from .frame_plan import CachePlan, FramePlan, SequencePlan, parallel_plan, sequence_plan
 from .kv_cache import KVCache, LayerCache, TextKeysValues
 from .layers import (
     CaptionEmbedder,
@@ -49,7 +49,7 @@ class CausalVideoTransformer(nn.Module):
         super().__init__()
         self.config, self.backend = config, backend
         self.gradient_checkpointing = False
-        """In training, compute a block's inner values again for the gradient instead of keeping them."""
+        """In training, recompute a block's activations in the backward pass instead of storing them."""
         width = config.hidden_size
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(width)
@@ -75,12 +75,12 @@ class CausalVideoTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Dtype of the weights."""
         return self.x_embedder.proj.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights live."""
+        """Device of the weights."""
         return self.x_embedder.proj.weight.device
 
     def forward(
@@ -94,21 +94,21 @@ class CausalVideoTransformer(nn.Module):
         """Predict noise and variance for the noisy frames.
 
         Args:
-            latents: (B, C, T, h, w), the plan's clean frames first. With a cache all frames are of one kind: noisy ones
-                read it, clean ones are written to it (and counted, see ``KVCache.commit``).
-            timestep: (B,) of the noisy frames, or (B, J) of J noisy chunks; clean frames are at 0 by definition.
-            plan: from ``sequence_plan`` or ``parallel_plan`` without a cache, or ``KVCache.plan`` with one.
-            cache: finished frames of this video, changed in place.
-            text: from ``text_keys_values``; by default the cache's.
+            latents: (B, C, T, h, w), clean frames first. With a cache, all frames are noisy (they read it) or all are
+                clean (they are written to it and counted, see ``KVCache.commit``).
+            timestep: (B,) of the noisy frames, or (B, J) of J noisy chunks. Clean frames always have timestep 0.
+            plan: ``KVCache.plan`` with a cache; ``context_plan`` or ``parallel_plan`` without one.
+            cache: finished frames of this video, updated in place.
+            text: from ``text_keys_values``; the cache's by default.
 
         Returns:
             (B, out_channels, L, h, w): prediction and, if learned, variance. L is 0 for a clean write.
         """
         frames, clean = latents.shape[2], plan.clean_frames
-        assert cache is None or clean in (0, frames), "with a cache, frames are all noisy or all clean"
+        assert cache is None or clean in (0, frames), "with a cache, frames must be all noisy or all clean"
         writes_only = cache is not None and clean == frames
         text = text if text is not None else cache.text if cache is not None else []
-        assert bool(text) == (self.y_embedder is not None), "a model with text needs a caption, if only the stored one"
+        assert bool(text) == (self.y_embedder is not None), "a model with text needs a caption, at least the stored one"
 
         x = self.x_embedder(latents.to(self.dtype)) + self.pos_embed.to(self.dtype)  # (B, T, S, D)
         t = self._embed_timesteps(timestep, clean, frames)  # (B, T, D)
@@ -118,8 +118,8 @@ class CausalVideoTransformer(nn.Module):
             time = self.pos_embed_temporal[0, plan.positions].unsqueeze(-2).to(self.dtype)  # ([B,] T, 1, D)
         for i, block in enumerate(self._blocks):
             layer = cache.layers[i] if cache is not None else None
-            last = clean > 0 and i == len(self.blocks) - 1  # without clean frames it is as any other, compiled once
-            run = block if plan.static_shape or self.training else block.forward  # only a call is compiled
+            last = clean > 0 and i == len(self.blocks) - 1  # without clean frames all blocks share one compilation
+            run = block if plan.static_shape or self.training else block.forward  # .forward is never compiled
             arguments = (x, modulation, plan, layer, text[i] if text else None, time if i == 0 else None, last)
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(run, *arguments, use_reentrant=False)
@@ -135,19 +135,19 @@ class CausalVideoTransformer(nn.Module):
         """Write finished frames (B, C, P, h, w) to the cache: one forward at timestep 0."""
         self(clean, clean.new_zeros(clean.shape[0]), cache.plan(clean.shape[2], clean=True), cache, text)
 
-    def context_plan(self, noisy_frames: int, start: int, clock: TemporalWindow) -> FramePlan:
-        """The plan that feeds the window before frame ``start`` again, then the noisy frames from there on."""
-        window = clock.context(start)
-        positions = torch.tensor([clock.position(f, start) for f in [*window, *range(start, start + noisy_frames)]])
-        full = len(window) == clock.context_frames
-        return sequence_plan(self.config, len(window), noisy_frames, positions, self.device, static_shape=full)
+    def context_plan(self, noisy_frames: int, start: int, window: TemporalWindow) -> SequencePlan:
+        """The plan of a forward without a cache: the window before frame ``start``, then noisy frames from there on."""
+        context = window.context(start)
+        positions = torch.tensor([window.position(f, start) for f in [*context, *range(start, start + noisy_frames)]])
+        full = len(context) == window.context_frames
+        return sequence_plan(self.config, len(context), noisy_frames, positions, self.device, static_shape=full)
 
-    def parallel_plan(self, first: int, chunks: int, clock: TemporalWindow) -> FramePlan:
-        """The plan that trains ``chunks`` chunks in one forward, the first after ``first`` clean frames."""
-        return parallel_plan(self.config, clock, first, chunks, self.device)
+    def parallel_plan(self, first: int, chunks: int, window: TemporalWindow) -> SequencePlan:
+        """The plan that trains ``chunks`` chunks in one forward, the first of them after ``first`` clean frames."""
+        return parallel_plan(self.config, window, first, chunks, self.device)
 
     def text_keys_values(self, embedding: Tensor, mask: Tensor) -> list[TextKeysValues]:
-        """Every block's keys and values of a caption, computed once a prompt.
+        """Every block's keys and values of a caption, computed once per prompt.
 
         Args:
             embedding: (B, M, text_channels) from the text encoder.
@@ -160,21 +160,21 @@ class CausalVideoTransformer(nn.Module):
         return [block.text_keys_values(caption, mask) for block in self._blocks]
 
     def unconditional_caption(self, batch: int) -> tuple[Tensor, Tensor] | None:
-        """The stored caption (B, M, text_channels) that stands for none, and its mask (B, M); None without text."""
+        """The stored unconditional caption (B, M, text_channels) and its mask (B, M); None for a model without text."""
         if self.y_embedder is None:
             return None
         embedding = self.y_embedder.y_embedding.expand(batch, -1, -1)
         return embedding, torch.ones(embedding.shape[:2], dtype=torch.bool, device=embedding.device)
 
     def _embed_timesteps(self, timestep: Tensor, clean: int, frames: int) -> Tensor:
-        """(B,) or (B, J) -> (B, T, D): 0 for clean frames, the given for noisy ones; once a frame, not a token."""
+        """(B,) or (B, J) -> (B, T, D): 0 for clean frames, ``timestep`` for noisy ones; one vector per frame."""
         batch = timestep.shape[0]
         parts = []
         if clean:
             parts.append(self.t_embedder(timestep.new_zeros(1))[None].expand(batch, clean, -1))
         if frames > clean:
-            of_chunks = self.t_embedder(timestep.flatten()).unflatten(0, (batch, -1))  # (B, J, D)
-            parts.append(of_chunks.repeat_interleave((frames - clean) // of_chunks.shape[1], dim=1))
+            chunks = self.t_embedder(timestep.flatten()).unflatten(0, (batch, -1))  # (B, J, D)
+            parts.append(chunks.repeat_interleave((frames - clean) // chunks.shape[1], dim=1))
         return torch.cat(parts, dim=1)
 
     def _unpatchify(self, x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class CausalVideoTransformer(nn.Module):
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def _initialize(self) -> None:
-        """All initialisation in one place: residual branches added to a pretrained image model start at zero."""
+        """All initialisation in one place. Branches that are added to a pretrained image model start at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -224,16 +224,16 @@ class Block(nn.Module):
         time: Tensor | None,
         last: bool,
     ) -> Tensor:
-        """(B, T, S, D) -> (B, T, S, D), of the last block only the noisy frames: (B, L, S, D).
+        """(B, T, S, D) -> (B, T, S, D); the last block returns the noisy frames only, (B, L, S, D).
 
         Args:
             x: tokens.
-            modulation: (B, T, 6, D), one row of six vectors a frame.
+            modulation: (B, T, 6, D), six vectors per frame.
             plan: how the frames relate.
             cache: this block's buffers.
             text: this block's keys and values of the caption.
-            time: ([B,] T, 1, D), temporal position embedding, in the first block only.
-            last: whether this is the last block, where clean frames are needed for their keys and values alone.
+            time: ([B,] T, 1, D), temporal position embedding; first block only.
+            last: whether this is the last block, which needs only the keys and values of clean frames.
         """
         table = (self.scale_shift_table + modulation).unsqueeze(3)  # (B, T, 6, 1, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.unbind(2)
@@ -245,7 +245,7 @@ class Block(nn.Module):
             h = self._merge_mask(h, plan.clean_frames)
         clean = plan.clean_frames
         if last and clean == x.shape[1]:
-            if cache is not None:
+            if isinstance(plan, CachePlan) and cache is not None:
                 self.attn_temp.write(h, plan, cache)
             return x[:, clean:]
         first = clean if last else 0
@@ -259,12 +259,12 @@ class Block(nn.Module):
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
     def text_keys_values(self, caption: Tensor, mask: Tensor) -> TextKeysValues:
-        """This block's of a projected caption (B, M, D) and its mask (B, M)."""
+        """Keys and values of a projected caption (B, M, D) with its mask (B, M)."""
         assert self.cross_attn is not None
         return self.cross_attn.keys_values(caption, mask)
 
     def _merge_mask(self, x: Tensor, clean: int) -> Tensor:
-        """Tell clean frames (1) from noisy ones (0) through an extra input channel."""
+        """Mark clean frames (1) and noisy frames (0) in an extra input channel."""
         mask = x.new_zeros(*x.shape[:3], 1)
         mask[:, :clean] = 1
         assert self.attn_temp_pre_merge is not None
@@ -273,7 +273,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def zero_added_branches(self) -> None:
-        """A new block starts as a block of an image model: what it adds for video and text contributes nothing yet."""
+        """Start as a block of an image model: the branches added for video and text contribute nothing yet."""
         for attention in (self.attn_cf, self.attn_temp, self.cross_attn):
             if attention is not None:
                 attention.proj.weight.zero_()

@@ -74,12 +74,11 @@ class Objective(nn.Module):
     def draw(self, prefix: int, chunks: int, generator: torch.Generator | None = None) -> Draw:
         """One clip's random numbers, from its own CPU generator (B = 1)."""
         config = self.model.config
-        size = (config.latent_height, config.latent_width)
-        chunk = (config.in_channels, config.chunk_frames, *size)
+        channels, length, *size = config.chunk_shape
         timestep = self.process.draw_timesteps(chunks, self.training_config.timestep_shift, generator)
-        noise = torch.cat([self.process.draw_noise(chunk, generator) for _ in range(chunks)], dim=1)
-        level = self.process.draw_levels(self.clean_frames(prefix, chunks), config.chunk_frames, generator)
-        prefix_noise = torch.randn((config.in_channels, len(level), *size), generator=generator)
+        noise = torch.cat([self.process.draw_noise(config.chunk_shape, generator) for _ in range(chunks)], dim=1)
+        level = self.process.draw_levels(self.clean_frames(prefix, chunks), length, generator)
+        prefix_noise = torch.randn((channels, len(level), *size), generator=generator)
         offset = torch.rand(1, generator=generator)
         return Draw(timestep[None], noise[None], level[None], prefix_noise[None], offset[None])
 
@@ -118,18 +117,18 @@ class Objective(nn.Module):
         if draw.prefix_level.shape[1]:
             context = process.add_noise(context, draw.prefix_noise, draw.prefix_level)
 
-        clock = TemporalWindow(config, sink_frames=None if chunks > 1 else 0)
+        window = TemporalWindow(config, sink_frames=None if chunks > 1 else 0)
         if chunks == 1:
-            plan = self.model.context_plan(config.chunk_frames, prefix, clock)
+            plan = self.model.context_plan(config.chunk_frames, prefix, window)
         else:
-            plan = self.model.parallel_plan(prefix, chunks, clock)
+            plan = self.model.parallel_plan(prefix, chunks, window)
         rotary = config.temporal_positions is TemporalPositions.ROPE
-        if frames >= clock.slots and not rotary and not clock.sink_frames:  # sinks keep their entries
+        if frames >= window.slots and not rotary and not window.sink_frames:  # sinks keep their entries
             # full clips start anywhere: in a table that wraps at every entry, in one that does not where they still fit
             cyclic = config.temporal_positions is TemporalPositions.CYCLIC
-            starts = clock.table if cyclic else clock.table - frames + 1
+            starts = window.table if cyclic else window.table - frames + 1
             offset = (draw.offset * starts).long().to(clip.device)
-            plan = replace(plan, positions=(plan.positions + offset) % clock.table)
+            plan = replace(plan, positions=(plan.positions + offset) % window.table)
         keys_values = self.model.text_keys_values(*text) if text is not None else []
 
         def ask(model: CausalVideoTransformer, x: Tensor, timestep: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ca2vdm_cli.autoencoder import FRAMES_AT_ONCE, Autoencoder
+from ca2vdm_cli.autoencoder import Autoencoder
 from ca2vdm_cli.checkpoint import load_weights
 from ca2vdm_cli.config import Preset, Schedule, Trainable, TrainingConfig
 from ca2vdm_cli.data import Batch, ClipLoader, ClipSource, LatentClips
@@ -25,6 +25,7 @@ from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.samplers import Sampler, make_sampler
 from ca2vdm_cli.interrupts import held_interrupts
+from ca2vdm_cli.loading import build_model
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.presets import PRESET_FILE, dump_preset
@@ -32,6 +33,7 @@ from ca2vdm_cli.processes import any_process, gather_for, gathered, like
 from ca2vdm_cli.runtime import peak_memory
 from ca2vdm_cli.text_encoder import TextEncoder
 from ca2vdm_cli.training import sharding as zero
+from ca2vdm_cli.video_codec import encode_video
 
 from .distillation import Distillation
 from .log import StepReport, TrainingLog
@@ -105,7 +107,7 @@ class Trainer:
         self.share = training.batch_size // shares
         """Clips of one forward of one process."""
         torch.manual_seed(seed)
-        self.model = CausalVideoTransformer(preset.model, backend).to(self.device).train()
+        self.model = build_model(preset.model, backend, device=self.device, trainable=True)
         self.model.gradient_checkpointing = training.gradient_checkpointing
         choose_trainable(self.model, training)
         process = NoiseProcess(preset.diffusion)
@@ -252,11 +254,10 @@ class Trainer:
     def _encode(self, clips: Batch) -> Tensor:
         """Clips as latents (B, c, T, h, w)."""
         frames = clips.clips.to(self.device, non_blocking=True)
-        if not isinstance(self.source, LatentClips):
-            with self.accelerator.autocast():
-                parts = [self.autoencoder.encode(part) for part in frames.flatten(0, 1).split(FRAMES_AT_ONCE)]
-            frames = torch.cat(parts).unflatten(0, frames.shape[:2])
-        return frames.float().transpose(1, 2)
+        if isinstance(self.source, LatentClips):
+            return frames.float().transpose(1, 2)
+        with self.accelerator.autocast():
+            return encode_video(self.autoencoder, frames)
 
     def _encode_text(self, captions: Sequence[str | None], indices: range) -> tuple[Tensor, Tensor] | None:
         """Captions as embeddings (B, M, text_channels) and masks (B, M); some are dropped. None without text."""

@@ -13,16 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ca2vdm_cli.autoencoder import FRAMES_AT_ONCE, Autoencoder
+from ca2vdm_cli.autoencoder import Autoencoder
 from ca2vdm_cli.config import Preset, TrainingConfig
 from ca2vdm_cli.data import ClipSource
 from ca2vdm_cli.generate.context import make_context
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.loop import Caption, SeededNoise, generate
 from ca2vdm_cli.generate.samplers import sampler_for
+from ca2vdm_cli.loading import build_model
 from ca2vdm_cli.model.attention import Backend
-from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.text_encoder import TextEncoder
+from ca2vdm_cli.video_codec import decode_video, encode_video
 from ca2vdm_cli.video_io import contact_sheet, open_writer, write_image
 
 from .loss import Draw, Objective
@@ -80,7 +81,7 @@ class Validator:
     ) -> None:
         self.preset, self.source, self.autoencoder, self.prefixes = preset, source, autoencoder, prefixes
         self.folder, self.text_encoder = folder, text_encoder
-        self.model = CausalVideoTransformer(preset.model, backend).to(device).eval().requires_grad_(False)
+        self.model = build_model(preset.model, backend, device=device)
         self.process = NoiseProcess(preset.diffusion)
         self.objective = Objective(self.model, self.process, TrainingConfig())
         self.sampler = sampler_for(self.process, preset.sampling)
@@ -131,25 +132,20 @@ class Validator:
         first, text = self._clips(VIDEOS, 1)
         given = None if self.preset.diffusion.unconditional_start else first
         caption = None if text is None else Caption(*text)
-        shape = (config.in_channels, config.chunk_frames, config.latent_height, config.latent_width)
-        noise = SeededNoise(SEED, list(range(VIDEOS)), shape, device)
+        noise = SeededNoise(SEED, list(range(VIDEOS)), config.chunk_shape, device)
         context = make_context(self.model, "cached", VIDEOS)
         start, longest = 0 if given is None else 1, context.window.longest
         frames = 2 * config.context_frames
         chunks = -(-frames // config.chunk_frames) if longest is None else (longest - start) // config.chunk_frames
         made = generate(context, self.process, self.sampler, noise, chunks, given=given, caption=caption)
         latents = torch.cat([*([] if given is None else [given]), *(chunk.latents for chunk in made)], dim=2)
-        parts = latents.transpose(1, 2).flatten(0, 1).split(FRAMES_AT_ONCE)
-        pixels = torch.cat([self.autoencoder.decode(part) for part in parts])
-        pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-        return pixels.unflatten(0, (VIDEOS, -1)).permute(0, 1, 3, 4, 2).numpy()
+        return decode_video(self.autoencoder, latents).cpu().numpy()
 
     def _clips(self, count: int, frames: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The first held-out clips as latents (B, c, T, h, w), and their captions: embeddings and masks."""
         found = [(self.source.clip(index, frames), self.source.caption(index)) for index in range(count)]
         pixels = torch.stack([clip for clip, _ in found]).to(self.model.device)
-        parts = [self.autoencoder.encode(part).float() for part in pixels.flatten(0, 1).split(FRAMES_AT_ONCE)]
-        latents = torch.cat(parts).unflatten(0, (count, frames)).transpose(1, 2)
+        latents = encode_video(self.autoencoder, pixels)
         text = self.model.unconditional_caption(count)
         if text is not None and self.text_encoder is not None:
             text = self.text_encoder([caption for _, caption in found], text)

@@ -22,8 +22,8 @@ from torch import Tensor
 from ca2vdm_cli.checkpoint import load_tensors, load_weights, save_tensors
 from ca2vdm_cli.config import ModelConfig
 from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.loading import build_model, find_weights
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
-from ca2vdm_cli.pipeline import find_weights
 from ca2vdm_cli.plugins import choose_backend
 from ca2vdm_cli.terminal import note, print_error
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_model(config: ModelConfig) -> CausalVideoTransformer:
     """A model of these sizes, on the CPU in float32."""
-    return CausalVideoTransformer(config, choose_backend("eager", torch.device("cpu"), torch.float32))
+    return build_model(config, choose_backend("eager", torch.device("cpu"), torch.float32))
 
 
 def wider(config: ModelConfig) -> ModelConfig:

@@ -68,7 +68,8 @@ import ca2vdm_cli
 from ca2vdm_cli.config import Preset
 from ca2vdm_cli.data import MovingDigits, digit_images
 from ca2vdm_cli.errors import UsageError, UserError
-from ca2vdm_cli.pipeline import Pipeline, find_weights
+from ca2vdm_cli.loading import find_weights
+from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.presets import to_mapping
 from ca2vdm_cli.runtime import Dtype
 from ca2vdm_cli.terminal import note, output_console, print_error

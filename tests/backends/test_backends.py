@@ -1,4 +1,4 @@
-"""What the attention kernels compute, held against float64."""
+"""The attention kernels, compared with float64."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 @pytest.fixture
 def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that multiplies bfloat16, but has no AMX."""
+    """A CPU that multiplies bfloat16 but has no AMX."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
 
 
-@pytest.mark.parametrize("block", [1, 40, 150, 10**6])  # a query, some, a sequence and more, everything
+@pytest.mark.parametrize("block", [1, 40, 150, 10**6])  # one query, a few, a few sequences, everything
 @pytest.mark.parametrize("mask", MASKS)
-def test_blocks_are_the_whole(mask: str, block: int, monkeypatch: pytest.MonkeyPatch, with_bfloat16: None) -> None:
-    """Sequences and queries are taken a few at a time."""
+def test_blocks_are_exact(mask: str, block: int, monkeypatch: pytest.MonkeyPatch, with_bfloat16: None) -> None:
+    """However many sequences or queries are in a block."""
     monkeypatch.setattr(sdpa, "BLOCK", block)
     monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", None)  # not called
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, frames, 2, 8, generator=generator).bfloat16().transpose(1, 2) for frames in (5, 7, 7))
     out = sdpa.SdpaBackend().attend(q, k, v, MASKS[mask])
-    assert out.dtype is torch.bfloat16 and out.stride() == q.stride(), "heads come side by side without a copy"
+    assert out.dtype is torch.bfloat16 and out.stride() == q.stride(), "merging the heads needs no copy"
     assert (out.double() - exact(q, k, v, MASKS[mask])).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_blocks_are_one_operation_to_a_compiler(mask: str, with_bfloat16: None) -> None:
-    """Or a graph with every block in it takes twice as long to compile."""
+def test_attention_by_blocks_is_one_operation_to_the_compiler(mask: str, with_bfloat16: None) -> None:
+    """A graph with all blocks would take twice as long to compile."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 2, frames, 8, generator=generator).bfloat16() for frames in (5, 7, 7))
     graphs: list[torch.fx.GraphModule] = []
@@ -70,7 +70,7 @@ def test_blocks_are_one_operation_to_a_compiler(mask: str, with_bfloat16: None) 
 def test_a_step_is_compiled_once_and_a_write_twice(
     make_model: Callable[..., CausalVideoTransformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All blocks share the code of a step; the last block of a write ends at its keys and values."""
+    """All transformer blocks share a step's code; in a write, the last one ends at its keys and values."""
     graphs: list[torch.fx.GraphModule] = []
     compile_fully = nn.Module.compile
 

@@ -13,7 +13,7 @@ import torch
 from command_kit import CHUNK, ROOT, RUN, WINDOW, Refused, Report, ca2vdm
 
 from ca2vdm_cli.checkpoint import load_tensors, save_tensors
-from ca2vdm_cli.model.frame_plan import FramePlan
+from ca2vdm_cli.model.frame_plan import CachePlan
 from ca2vdm_cli.model.kv_cache import KVCache
 from ca2vdm_cli.training.run_folder import WEIGHTS_FILE
 
@@ -65,26 +65,24 @@ def test_bench_uses_weights_if_there_are_some(report: Report, weights: Path) -> 
     assert report("bench", *EXACT, "--frames", 4)["trained"] is False
 
 
-def shifted_mask(plan: FramePlan) -> FramePlan:
+def shifted_mask(plan: CachePlan) -> CachePlan:
     """A chunk sees the wrong slot of the ring."""
     assert plan.temporal_mask is not None
     return replace(plan, temporal_mask=plan.temporal_mask.roll(1, 1))
 
 
-def shifted_position(plan: FramePlan) -> FramePlan:
-    """Finished frames are written at a temporal position that is one too high."""
+def shifted_position(plan: CachePlan) -> CachePlan:
+    """Finished frames are written one place too late in time."""
     return replace(plan, positions=(plan.positions + 1) % (WINDOW + CHUNK)) if plan.clean_frames else plan
 
 
-def shifted_slot(plan: FramePlan) -> FramePlan:
+def shifted_slot(plan: CachePlan) -> CachePlan:
     """Finished frames are written one slot too far."""
-    assert plan.slots is not None
     return replace(plan, slots=(plan.slots + 1) % (WINDOW + CHUNK)) if plan.clean_frames else plan
 
 
-def hidden_prefix(plan: FramePlan) -> FramePlan:
+def hidden_prefix(plan: CachePlan) -> CachePlan:
     """A chunk does not see the spatial prefix."""
-    assert plan.has_prefix is not None
     return replace(plan, has_prefix=torch.zeros_like(plan.has_prefix))
 
 
@@ -93,11 +91,11 @@ def test_fault_in_the_cache_is_found(
     report: Report,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    fault: Callable[[FramePlan], FramePlan],
+    fault: Callable[[CachePlan], CachePlan],
 ) -> None:
     plan = KVCache.plan
 
-    def faulty(cache: KVCache, frames: int, *, clean: bool) -> FramePlan:
+    def faulty(cache: KVCache, frames: int, *, clean: bool) -> CachePlan:
         return fault(plan(cache, frames, clean=clean))
 
     monkeypatch.setattr(KVCache, "plan", faulty)

@@ -138,7 +138,7 @@ def test_first_frame_comes_first(make: Make, kind: str) -> None:
 
 def test_first_frame_is_asked_for_where_the_weights_need_one(make: Make, weights: Path, refused: Refused) -> None:
     needs_one = ["--set", "diffusion.unconditional_start=false"]
-    assert "give --first-frame IMAGE" in refused(2, "sample", "--preset", weights, *GENERATE, *needs_one)
+    assert "give a first frame" in refused(2, "sample", "--preset", weights, *GENERATE, *needs_one)
     write_image("given.png", clip(1)[0])
     assert len(make("sample", "--frames", 5, "--first-frame", "given.png", *needs_one)) == 5
 
@@ -240,7 +240,7 @@ WRONG: list[tuple[list[object], str]] = [
     (["sample", "--checkpoint", "nope.safetensors"], "nope.safetensors: no such file"),
     (["sample", "--checkpoint", "."], "a folder without preset.yaml"),
     (["sample", "--preset", "W", "--backend", "nope"], "no backend 'nope'; known: auto, eager"),
-    (["sample", "--preset", "W", "--device", "warp"], "--device warp: not available here"),
+    (["sample", "--preset", "W", "--device", "warp"], "device warp: not available here"),
     (["sample", "--preset", "W", "--dtype", "int4"], "'int4' is not one of"),
     (["sample", "--preset", "W", "--format", "avi"], "cannot be written as 'avi'; use mp4"),
     (["sample", "--preset", "W", "-o", "out.avi"], "out.avi: cannot be written as 'avi'; use mp4"),

@@ -1,4 +1,4 @@
-"""The noise process: predictions that can be read back, noise of the right kind, a correct bound.
+"""The noise process: targets that can be inverted, noise with the right statistics, a correct bound.
 
 Shapes: latents (B, C, T, h, w).
 """
@@ -26,42 +26,38 @@ PRESERVING = [BetaSchedule.LINEAR, BetaSchedule.COSINE]
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), KINDS)
-def test_the_target_reads_back_as_latents_and_noise(schedule: BetaSchedule, prediction: Prediction) -> None:
+def test_the_target_can_be_split_into_latents_and_noise(schedule: BetaSchedule, prediction: Prediction) -> None:
     process = NoiseProcess(DiffusionConfig(beta_schedule=schedule, prediction=prediction))
     latents, noise = random(*SHAPE), random(*SHAPE, seed=1)
     x = process.add_noise(latents, noise, TIMESTEPS)
-    found_latents, found_noise = process.split(process.target(latents, noise, TIMESTEPS), x, TIMESTEPS)
-    known = (
-        slice(2) if prediction is Prediction.EPSILON else slice(None)
-    )  # at the last timestep x says nothing of the latents
-    assert torch.allclose(found_latents[known], latents[known], atol=1e-4)
-    assert torch.allclose(found_noise, noise, atol=1e-5)
+    split_latents, split_noise = process.split(process.target(latents, noise, TIMESTEPS), x, TIMESTEPS)
+    # with epsilon, x at the last timestep contains no information about the latents
+    known = slice(2) if prediction is Prediction.EPSILON else slice(None)
+    assert torch.allclose(split_latents[known], latents[known], atol=1e-4)
+    assert torch.allclose(split_noise, noise, atol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", PRESERVING)
-def test_noise_grows_from_nearly_none_to_nearly_all(schedule: BetaSchedule) -> None:
+def test_noise_grows_from_almost_none_to_almost_pure(schedule: BetaSchedule) -> None:
     alpha, sigma = NoiseProcess(DiffusionConfig(beta_schedule=schedule)).alpha_sigma(torch.arange(1000))
     assert torch.allclose(alpha**2 + sigma**2, torch.ones(1), atol=1e-6)
     assert (sigma.diff(dim=0) > -1e-7).all() and (alpha.diff(dim=0) < 0).all()
     assert sigma[0] < 0.02 and alpha[-1] < 0.01
 
 
-def test_flow_matching_goes_straight_from_latents_to_noise() -> None:
+def test_flow_matching_paths_are_straight() -> None:
     process = NoiseProcess(DiffusionConfig(beta_schedule=BetaSchedule.FLOW, prediction=Prediction.FLOW))
     alpha, sigma = process.alpha_sigma(torch.arange(1000))
     assert torch.allclose(alpha + sigma, torch.ones(1), atol=1e-6)
-    assert (
-        sigma[0] < 0.002
-        and alpha[-1] < 0.002
-        and torch.allclose(sigma.diff(dim=0), sigma.diff(dim=0).mean(), atol=1e-6)
-    )
+    assert sigma[0] < 0.002 and alpha[-1] < 0.002
+    assert torch.allclose(sigma.diff(dim=0), sigma.diff(dim=0).mean(), atol=1e-6)
     latents, noise = random(*SHAPE), random(*SHAPE, seed=1)
     early, late = (process.add_noise(latents, noise, torch.tensor([t] * 3)) for t in (200, 700))
     velocity = (late - early) / (sigma[700] - sigma[200])
     assert torch.allclose(velocity, process.target(latents, noise, TIMESTEPS), atol=1e-4)
 
 
-def test_every_frame_may_have_a_timestep_of_its_own() -> None:
+def test_every_frame_may_have_its_own_timestep() -> None:
     process = NoiseProcess(DiffusionConfig())
     latents, noise, timesteps = random(*SHAPE), random(*SHAPE, seed=1), torch.tensor([[1, 5], [400, 500], [999, 0]])
     together = process.add_noise(latents, noise, timesteps)
@@ -71,7 +67,7 @@ def test_every_frame_may_have_a_timestep_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])
-def test_progressive_noise_ties_each_frame_to_the_one_before(alpha: float) -> None:
+def test_progressive_noise_correlates_each_frame_with_the_one_before(alpha: float) -> None:
     process = NoiseProcess(DiffusionConfig(progressive_noise=alpha))
     noise = process.draw_noise((4, 6, 64, 64), torch.Generator().manual_seed(0)).transpose(0, 1).flatten(1)
     assert torch.allclose(noise.std(dim=1), torch.ones(6), atol=0.03)
@@ -80,13 +76,12 @@ def test_progressive_noise_ties_each_frame_to_the_one_before(alpha: float) -> No
     assert torch.allclose(torch.corrcoef(noise), share ** (lag - lag[:, None]).abs(), atol=0.03)
 
 
-def test_perturbation_has_one_level_for_each_chunk_counted_from_the_end() -> None:
+def test_perturbation_has_one_level_per_chunk_counted_from_the_end() -> None:
     process = NoiseProcess(DiffusionConfig(prefix_noise=(50, 100)))
     levels = process.draw_levels(7, 3, torch.Generator().manual_seed(1))
     first, *others = levels.split([1, 3, 3])
-    assert (
-        all(len(set(part.tolist())) == 1 for part in others) and len({part[0].item() for part in (first, *others)}) == 3
-    )
+    assert all(len(set(part.tolist())) == 1 for part in others)
+    assert len({part[0].item() for part in (first, *others)}) == 3
     assert levels.min() >= 50 and levels.max() <= 100
     assert not len(NoiseProcess(DiffusionConfig()).draw_levels(7, 3))
 
@@ -99,7 +94,7 @@ def test_linear_schedule_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
-def test_shifted_timesteps_cover_the_range_and_lean_towards_noise(shift: float) -> None:
+def test_shifted_timesteps_cover_the_range_and_favour_noise(shift: float) -> None:
     timesteps = NoiseProcess(DiffusionConfig()).draw_timesteps(20_000, shift, torch.Generator().manual_seed(0))
     assert timesteps.dtype == torch.int64 and timesteps.min() == 0 and timesteps.max() == 999
     median = 1000 * shift / (1 + shift)
@@ -119,15 +114,12 @@ def test_the_bound_is_zero_for_the_truth_and_positive_otherwise(prediction: Pred
 
 
 def test_the_bound_is_the_divergence_of_two_gaussians() -> None:
-    """Against torch.distributions, with the posterior written as Bayes' rule and not as DDPM's formula."""
+    """Compared with torch.distributions, with the posterior from Bayes' rule instead of DDPM's formula."""
     process, t = NoiseProcess(DiffusionConfig()), 300
     latents, noise, guess, variance = (random(1, 4, 2, 4, 4, seed=seed).double() for seed in range(4))
-    kept = process.cumulative
-    step, before = (
-        kept[t] / kept[t - 1],
-        kept[t - 1],
-    )  # x_t = sqrt(step) · x_s + ..., x_s = sqrt(before) · latents + ...
-    x = kept[t].sqrt() * latents + (1 - kept[t]).sqrt() * noise
+    before, now = process.cumulative[t - 1 : t + 1]  # x_s = sqrt(before) · latents + ...
+    step = now / before  # x_t = sqrt(step) · x_s + ...
+    x = now.sqrt() * latents + (1 - now).sqrt() * noise
 
     def posterior(of: Tensor) -> torch.distributions.Normal:
         precision = 1 / (1 - before) + step / (1 - step)
@@ -137,7 +129,7 @@ def test_the_bound_is_the_divergence_of_two_gaussians() -> None:
     true = posterior(latents)
     share = (variance + 1) / 2
     log_variance = share * (1 - step).log() + (1 - share) * (true.scale**2).log()
-    guessed = posterior((x - (1 - kept[t]).sqrt() * guess) / kept[t].sqrt())
+    guessed = posterior((x - (1 - now).sqrt() * guess) / now.sqrt())
     ours = torch.distributions.Normal(guessed.loc, (0.5 * log_variance).exp())
     expected = torch.distributions.kl_divergence(true, ours).mean() / torch.log(torch.tensor(2.0))
     arguments = (latents.float(), x.float(), torch.tensor([t]), guess.float(), variance.float())
@@ -149,6 +141,6 @@ def test_at_timestep_0_the_bound_is_the_likelihood_of_the_latents() -> None:
     latents, noise, largest = random(1, 4, 2, 4, 4), random(1, 4, 2, 4, 4, seed=1), torch.ones(1, 4, 2, 4, 4)
     x = process.add_noise(latents, noise, zero)
     guess = noise + 0.5
-    mean, scale = process.split(guess, x, zero)[0], 1e-4**0.5  # the variance at its upper end is beta
+    mean, scale = process.split(guess, x, zero)[0], 1e-4**0.5  # the largest variance is beta
     expected = -torch.distributions.Normal(mean, scale).log_prob(latents).mean() / torch.log(torch.tensor(2.0))
     assert torch.allclose(variational_bound(process, latents, x, zero, guess, largest), expected, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""Samplers on a problem whose answer is known, seeds that depend on nothing else, and the loop that makes chunks.
+"""Samplers on a problem with a known solution, reproducible seeds, and the loop over chunks.
 
 Chunks of 2, window of 6 (see conftest.py). Shapes: latents (B, C, T, h, w).
 """
@@ -35,7 +35,7 @@ diffusers_warns = pytest.mark.filterwarnings("ignore::DeprecationWarning", "igno
 
 
 class Known(Context):
-    """Stands in for model and context: the exact answer where latents are independent numbers N(MEAN, SPREAD²)."""
+    """Stands in for model and context: the exact prediction for independent latents N(MEAN, SPREAD²)."""
 
     def __init__(self, model: CausalVideoTransformer, process: NoiseProcess) -> None:
         self.model, self.process = model, process
@@ -69,7 +69,7 @@ class Known(Context):
 
 
 class KnownVariance(Known):
-    """Answers the exact variance of the ancestral sampler's next step too."""
+    """Also predicts the exact variance of the ancestral sampler's next step."""
 
     timesteps: list[int]
 
@@ -86,7 +86,7 @@ class KnownVariance(Known):
 
 
 def sampled(context: Known, sampler: Sampler, videos: int = 256) -> tuple[Tensor, Tensor]:
-    """One chunk, and the noise that it was made of: (B, C, L, h, w) each, 32768 numbers."""
+    """One chunk and its initial noise, (B, C, L, h, w) each; 32768 values by default."""
     noise = SeededNoise(0, list(range(videos)), CHUNK, CPU)
     (chunk,) = generate(context, context.process, sampler, noise, 1)
     noise.chunk(0)
@@ -128,7 +128,7 @@ def test_samples_have_the_right_mean_and_spread(
 
 
 @pytest.mark.parametrize("name", ["ancestral", "UniPCMultistepScheduler"])
-def test_samplers_of_another_process_refuse_flow_matching(name: str) -> None:
+def test_variance_preserving_samplers_refuse_flow_matching(name: str) -> None:
     if name not in samplers:
         pytest.importorskip("diffusers")
     process = NoiseProcess(DiffusionConfig(beta_schedule=BetaSchedule.FLOW, prediction=Prediction.FLOW))
@@ -138,8 +138,8 @@ def test_samplers_of_another_process_refuse_flow_matching(name: str) -> None:
 
 @diffusers_warns
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "DDIMScheduler", "EulerDiscreteScheduler"])
-def test_a_chunk_can_be_joined_on_its_way(name: str) -> None:
-    """What the network then sees is latents and noise as the process mixes them, whatever a scheduler's own scale."""
+def test_denoising_can_start_at_any_step(name: str) -> None:
+    """The network's input is then what the noise process gives, whatever a scheduler's internal scale."""
     if name.endswith("Scheduler"):
         pytest.importorskip("diffusers")
     process = NoiseProcess(DiffusionConfig())
@@ -155,7 +155,7 @@ def test_a_chunk_can_be_joined_on_its_way(name: str) -> None:
 @diffusers_warns
 @pytest.mark.parametrize("prediction", [Prediction.EPSILON, Prediction.V])
 @pytest.mark.parametrize("name", THEIRS)
-def test_schedulers_of_diffusers_sample_right_too(
+def test_diffusers_schedulers_sample_correctly(
     name: str, prediction: Prediction, model: CausalVideoTransformer
 ) -> None:
     pytest.importorskip("diffusers")
@@ -175,10 +175,10 @@ def test_a_learned_variance_makes_few_ancestral_steps_exact(model: CausalVideoTr
     assert abs(exact.std() / SPREAD - 1) < 0.02 < 0.2 < abs(fixed.std() / SPREAD - 1)
 
 
-def test_deterministic_samplers_follow_the_flow_and_the_fast_one_needs_fewer_steps(
+def test_deterministic_samplers_follow_the_flow_and_second_order_needs_fewer_steps(
     model: CausalVideoTransformer,
 ) -> None:
-    """The probability flow of a Gaussian is a line: every noise has one right answer."""
+    """The probability flow of a Gaussian is linear, so every noise has one exact result."""
     process = NoiseProcess(DiffusionConfig())
     alpha, sigma = process.alpha_sigma(torch.tensor([999]))
 
@@ -203,7 +203,7 @@ def test_a_sampler_can_be_used_again(name: str, model: CausalVideoTransformer) -
 
 
 def test_a_timestep_halfway_between_two_is_rounded_as_published() -> None:
-    """With 21 steps the stride is 49.95; added up ten times it is a little less than 499.5, which is rounded down."""
+    """With 21 steps the stride is 49.95. Accumulated ten times it is slightly below 499.5, and rounds down."""
     assert evenly_respaced(1000, 21)[::-1] == [
         *(0, 50, 100, 150, 200, 250, 300, 350, 400, 450, 499),
         *(549, 599, 649, 699, 749, 799, 849, 899, 949, 999),
@@ -273,7 +273,7 @@ def test_a_scheduler_that_cannot_work_is_refused_in_one_line(name: str) -> None:
 
 @diffusers_warns
 @pytest.mark.parametrize("name", THEIRS)
-def test_schedulers_of_diffusers_have_nothing_to_complain_about(
+def test_diffusers_schedulers_log_no_warnings(
     name: str, model: CausalVideoTransformer, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("diffusers")
@@ -298,7 +298,7 @@ def video(
     given: Tensor | None = None,
     process: NoiseProcess | None = None,
 ) -> Tensor:
-    """A whole latent video, without what is given: (B, C, T, h, w)."""
+    """A whole latent video without the given frames, (B, C, T, h, w)."""
     process = process or NoiseProcess(DiffusionConfig())
     context, noise = make_context(model, strategy, len(videos)), SeededNoise(seed, list(videos), CHUNK, CPU)
     chunks = generate(context, process, make_sampler(sampler, process, 3), noise, frames // 2, given=given)
@@ -319,7 +319,7 @@ def test_a_seeds_video_does_not_depend_on_its_length(
 def test_a_seeds_video_does_not_depend_on_the_batch(
     perturbed: tuple[int, int] | None, model: CausalVideoTransformer
 ) -> None:
-    """With v, numbers stay of order 1, and rounding stays what it is."""
+    """With v, values stay of order 1, and so rounding errors don't grow."""
     process = NoiseProcess(DiffusionConfig(prediction=Prediction.V, prefix_noise=perturbed))
     together = video(model, 12, (0, 1, 5), sampler="ddim", process=process)
     assert together.abs().max() < 30
@@ -331,7 +331,7 @@ def test_a_seeds_video_does_not_depend_on_the_batch(
 
 @diffusers_warns
 @pytest.mark.parametrize("name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
-def test_nor_does_it_with_random_schedulers_of_diffusers(name: str, model: CausalVideoTransformer) -> None:
+def test_random_diffusers_schedulers_do_not_depend_on_the_batch(name: str, model: CausalVideoTransformer) -> None:
     pytest.importorskip("diffusers")
     together, alone = video(model, 2, (0, 1), sampler=name), video(model, 2, (1,), sampler=name)
     assert torch.allclose(together[1:], alone, atol=1e-4 * float(together.abs().max()))
@@ -353,7 +353,7 @@ def test_noise_is_drawn_from_seed_video_and_chunk() -> None:
     assert (torch.corrcoef(every) - torch.eye(len(every))).abs().max() < 0.3  # all of them differ
 
 
-def test_strategies_make_the_same_video_until_the_window_slides(model: CausalVideoTransformer) -> None:
+def test_strategies_generate_the_same_video_until_the_window_slides(model: CausalVideoTransformer) -> None:
     cached, recomputed = (video(model, 16, strategy=strategy) for strategy in STRATEGIES)
     scale = float(cached.abs().max())
     assert torch.allclose(cached[:, :, :8], recomputed[:, :, :8], atol=1e-4 * scale)
@@ -362,7 +362,7 @@ def test_strategies_make_the_same_video_until_the_window_slides(model: CausalVid
 
 # --------------------------------------------------------------------------------------------------------- the loop
 @pytest.mark.parametrize("given_frames", [0, 1, 4])
-def test_chunks_are_numbered_and_made_one_at_a_time(given_frames: int, model: CausalVideoTransformer) -> None:
+def test_chunks_are_numbered_and_generated_on_demand(given_frames: int, model: CausalVideoTransformer) -> None:
     process = NoiseProcess(DiffusionConfig())
     context, steps = Known(model, process), list[tuple[int, int]]()
     given = torch.zeros(1, 4, given_frames, 4, 4) if given_frames else None
@@ -373,15 +373,15 @@ def test_chunks_are_numbered_and_made_one_at_a_time(given_frames: int, model: Ca
         chunk = next(chunks)
         assert (chunk.index, chunk.first_frame) == (index, given_frames + 2 * index)
         assert chunk.latents.shape == (1, *CHUNK) and chunk.latents.dtype == torch.float32
-        assert context.asked == 3 * (index + 1), "a later chunk was begun before this one was handed out"
+        assert context.asked == 3 * (index + 1), "a later chunk was started before this one was yielded"
         assert chunk.denoise_seconds > 0
     assert next(chunks, None) is None
     assert steps == [(index, step) for index in range(3) for step in (1, 2, 3)]
-    assert context.frames == given_frames + 4, "the last chunk needs no place in the context"
+    assert context.frames == given_frames + 4, "the last chunk is not written to the context"
 
 
-def test_context_is_perturbed_and_what_is_shown_is_not(model: CausalVideoTransformer) -> None:
-    """Weights trained with a noisy prefix get one; the level is drawn for each video and each chunk."""
+def test_the_context_is_perturbed_and_the_output_is_not(model: CausalVideoTransformer) -> None:
+    """If the weights were trained with a noisy prefix; the level is drawn per video and chunk."""
     process = NoiseProcess(DiffusionConfig(prefix_noise=(50, 100)))
     context, sampler = Known(model, process), make_sampler("dpm++", process, 20)
     given = torch.ones(16, 4, 1, 4, 4)
@@ -398,7 +398,7 @@ def test_context_is_perturbed_and_what_is_shown_is_not(model: CausalVideoTransfo
 
 
 class Listening(Sampler):
-    """Remembers what it is given."""
+    """Remembers the output it is given."""
 
     output: Tensor
 
@@ -412,7 +412,7 @@ class Listening(Sampler):
 
 
 class Halves(Known):
-    """Answers 3 and 5 for the conditional half, 1 and 7 for the unconditional one: noise and variance."""
+    """Predicts noise 3 and variance 5 for the conditional half, 1 and 7 for the unconditional one."""
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         assert x.shape[0] == timestep.shape[0] == 4 and torch.equal(x[:2], x[2:])
@@ -421,7 +421,7 @@ class Halves(Known):
         return torch.cat([noise, variance], dim=1)
 
 
-def test_guidance_moves_the_noise_and_keeps_the_conditional_variance(make_model: MakeModel) -> None:
+def test_guidance_extrapolates_the_noise_and_keeps_the_conditional_variance(make_model: MakeModel) -> None:
     model, process = make_model(text_channels=5, text_tokens=3), NoiseProcess(DiffusionConfig())
     caption = Caption(torch.randn(2, 3, 5), torch.ones(2, 3), guidance_scale=4.0)
     context, sampler = Halves(model, process), Listening(process)
@@ -430,7 +430,7 @@ def test_guidance_moves_the_noise_and_keeps_the_conditional_variance(make_model:
     assert sampler.output.shape == (2, 8, 2, 4, 4)
     assert (sampler.output[:, :4] == 1 + 4 * (3 - 1)).all() and (sampler.output[:, 4:] == 5).all()
     assert [latents.shape[0] for latents in context.appended] == [4, 4]
-    for layer in context.text:  # the stored unconditional caption is the other half's
+    for layer in context.text:  # the unconditional half has the stored caption
         assert layer.k.shape[0] == 4 and not torch.equal(layer.k[0], layer.k[1])
         assert torch.equal(layer.k[2], layer.k[3])
 
@@ -468,8 +468,8 @@ def test_a_guided_video_does_not_depend_on_the_batch(strategy: str, make_model: 
 def test_the_loop_stays_on_the_models_device(
     variant: dict[str, Any], sampler: str, strategy: str, make_model: MakeModel
 ) -> None:
-    """The device ``meta`` has shapes and no numbers: a tensor left on the CPU does not mix with it, and nothing can be
-    read back from it. So a GPU would neither complain nor be waited for."""
+    """Tensors on the device ``meta`` have no values: they can't be combined with tensors on the CPU, and nothing can be
+    read back. On a GPU the loop therefore neither mixes devices nor waits."""
     model, meta = make_model("sdpa", **variant).to("meta"), torch.device("meta")
     process = NoiseProcess(DiffusionConfig(prefix_noise=(50, 100)))
     caption = None

@@ -1,4 +1,4 @@
-"""The cache: what is read from it equals what is computed again, it never moves or grows, and it forgets on time.
+"""The cache: reading it equals recomputing, nothing in it moves or grows, and frames are evicted on time.
 
 Window of 6 frames, chunks of 2 (see conftest.py). Shapes: latents (B, C, T, h, w).
 """
@@ -41,7 +41,7 @@ VARIANTS = [
     )
 ]
 TOLERANCE = 1e-5
-"""Largest difference of two orders of summation in float32; outputs are about 1, and a wrong frame costs 0.01."""
+"""Largest difference between two orders of summation in float32. Outputs are about 1; a wrong frame costs 0.01."""
 
 
 def latents(frames: int, videos: int = 2, seed: int = 0) -> Tensor:
@@ -49,7 +49,7 @@ def latents(frames: int, videos: int = 2, seed: int = 0) -> Tensor:
 
 
 def context_of(model: CausalVideoTransformer, strategy: str, videos: int = 2, **window: Any) -> Context:
-    """An empty context, with a caption (one token of it padding) for models with text."""
+    """An empty context; for models with text, with a caption that has one token of padding."""
     context = make_context(model, strategy, videos, **window)
     if model.config.text_channels:
         generator = torch.Generator().manual_seed(1)
@@ -61,7 +61,7 @@ def context_of(model: CausalVideoTransformer, strategy: str, videos: int = 2, **
 
 
 def predict(context: Context, videos: int = 2) -> Tensor:
-    """What the model answers to a fixed noisy chunk after this context."""
+    """The model's output for a fixed noisy chunk after this context."""
     context.open_chunk()
     return context.predict(latents(2, videos, seed=2), torch.tensor([700, 20])[:videos])
 
@@ -75,13 +75,13 @@ def append_in(context: Context, frames: Tensor, pieces: Sequence[int]) -> None:
 def cached_keys(context: Context) -> list[Tensor]:
     """Copies of every buffer of a cached context."""
     assert isinstance(context, CachedContext)
-    return [t.clone() for layer in context.cache.layers for t in layer if t is not None]
+    return [t.clone() for layer in context.cache.layers for t in layer]
 
 
-# ------------------------------------------------------------------------------------ cached equals computed again
+# ---------------------------------------------------------------------------------------- cached equals recomputed
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_equals_recomputed_until_the_window_slides(variant: dict[str, Any], make_model: MakeModel) -> None:
-    """After 0, 1, 2, 5 and 6 frames, which is from an empty context to a full window."""
+    """After 0, 1, 2, 5 and 6 frames: from an empty context to a full window."""
     model = make_model(**variant)
     cached, recomputed = context_of(model, "cached"), context_of(model, "recompute")
     before = None
@@ -97,7 +97,7 @@ def test_cached_equals_recomputed_until_the_window_slides(variant: dict[str, Any
 
 @pytest.mark.parametrize("prefix", SpatialPrefix)
 @pytest.mark.parametrize("pieces", [(5,), (1, 1, 1, 1, 1), (2, 3), (4, 1), (1, 2, 2)])
-def test_it_does_not_matter_how_a_context_is_cut_into_writes(
+def test_it_does_not_matter_how_a_context_is_split_into_writes(
     prefix: SpatialPrefix, pieces: tuple[int, ...], make_model: MakeModel
 ) -> None:
     model = make_model(spatial_prefix=prefix, temporal_positions="rope")
@@ -114,14 +114,14 @@ def test_it_does_not_matter_how_a_context_is_cut_into_writes(
     ("prefix", "window"),
     [
         *product(("none", "prev_frames_k"), ({}, {"context_frames": 4}, {"sink_frames": 2}, {"sink_frames": 3})),
-        ("first_frame", {"sink_frames": 2}),  # without sinks the first frame is not fed again once the window slides
+        ("first_frame", {"sink_frames": 2}),  # without sinks, recomputing loses it when the window slides
         ("first_frame", {"sink_frames": 1, "context_frames": 4}),
     ],
 )
-def test_one_layer_stays_equal_for_ever(
+def test_with_one_layer_cached_always_equals_recomputed(
     prefix: str, window: dict[str, int], positions: TemporalPositions, make_model: MakeModel
 ) -> None:
-    """In a model of one layer a frame's keys depend on that frame alone, so the two strategies see the same even after
+    """In a model with one layer a frame's keys depend on that frame alone, so both strategies see the same even after
     the window has slid: any error in slots, positions, sinks or masks shows. (With more layers cached frames remember
     what has left the window.)"""
     model = make_model(depth=1, spatial_prefix=prefix, temporal_positions=positions, position_table=40)
@@ -133,8 +133,8 @@ def test_one_layer_stays_equal_for_ever(
     assert cached.frames == recomputed.frames == 36
 
 
-def test_the_window_reaches_as_far_as_it_says(make_model: MakeModel) -> None:
-    """A frame matters to the next chunk exactly if it is a sink or among the last frames."""
+def test_a_chunk_sees_the_window_and_nothing_else(make_model: MakeModel) -> None:
+    """A frame matters to the next chunk if and only if it is a sink or one of the last frames."""
     model = make_model(depth=1, spatial_prefix="none")
     for strategy, (sinks, expected) in product(STRATEGIES, [(0, {5, 6, 7, 8, 9, 10}), (2, {0, 1, 7, 8, 9, 10})]):
 
@@ -154,7 +154,7 @@ def test_the_window_reaches_as_far_as_it_says(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_first_frame_mode_sees_the_first_frame(strategy: str, make_model: MakeModel) -> None:
-    """Every frame looks at it, and later writes go on filling the temporal cache."""
+    """Every frame looks at it, and later writes still fill the temporal cache."""
     model = make_model(spatial_prefix="first_frame")
 
     def answer(changed_frame: int | None = None) -> Tensor:
@@ -169,7 +169,7 @@ def test_first_frame_mode_sees_the_first_frame(strategy: str, make_model: MakeMo
 
 
 @pytest.mark.parametrize("text", [0, 5])
-def test_a_video_in_a_batch_equals_the_same_alone(text: int, make_model: MakeModel) -> None:
+def test_a_video_in_a_batch_equals_the_same_video_alone(text: int, make_model: MakeModel) -> None:
     model = make_model(text_channels=text, text_tokens=text)
     together = context_of(model, "cached")
     append_in(together, latents(9), [1, 2, 2, 2, 2])
@@ -185,23 +185,23 @@ def test_a_video_in_a_batch_equals_the_same_alone(text: int, make_model: MakeMod
 
 # --------------------------------------------------------------------------------------------------- a fixed queue
 def test_nothing_moves_or_grows(make_model: MakeModel) -> None:
-    """Buffers stay where they are, and a cached frame's keys are not touched until its slot is taken."""
+    """Buffers stay in place, and a cached frame's keys are unchanged until its slot is reused."""
     context = context_of(make_model(temporal_positions="rope"), "cached")
     assert isinstance(context, CachedContext)
-    layer, clock = context.cache.layers[1], context.cache.window
-    addresses = [t.data_ptr() for each in context.cache.layers for t in each if t is not None]
+    layer, window = context.cache.layers[1], context.cache.window
+    addresses = [t.data_ptr() for each in context.cache.layers for t in each]
     written: dict[int, Tensor] = {}
     for start in range(0, 40, 2):
         predict(context)
         context.append(latents(2, seed=start))
         for frame in (start, start + 1):
-            written[frame] = layer.temporal_k[:, :, clock.slot(frame)].clone()
-        window = clock.context(start + 2)
-        assert window == list(range(max(0, start - 4), start + 2))
-        assert len({clock.slot(frame) for frame in window}) == len(window)
-        for frame in window:
-            assert torch.equal(layer.temporal_k[:, :, clock.slot(frame)], written[frame])
-    assert [t.data_ptr() for each in context.cache.layers for t in each if t is not None] == addresses
+            written[frame] = layer.temporal_k[:, :, window.slot(frame)].clone()
+        seen = window.context(start + 2)
+        assert seen == list(range(max(0, start - 4), start + 2))
+        assert len({window.slot(frame) for frame in seen}) == len(seen)
+        for frame in seen:
+            assert torch.equal(layer.temporal_k[:, :, window.slot(frame)], written[frame])
+    assert [t.data_ptr() for each in context.cache.layers for t in each] == addresses
 
 
 @pytest.mark.parametrize("positions", TemporalPositions)
@@ -217,23 +217,21 @@ def test_sinks_are_never_evicted(positions: TemporalPositions, make_model: MakeM
         context.append(latents(2, seed=seed))
     for layer, (k, v) in zip(context.cache.layers, before, strict=True):
         assert torch.equal(layer.temporal_v[:, :, :2], v)
-        moved = positions is TemporalPositions.ROPE  # along with the window
-        assert torch.equal(layer.temporal_k[:, :, :2], k) != moved
+        shifted = positions is TemporalPositions.ROPE  # along with the window
+        assert torch.equal(layer.temporal_k[:, :, :2], k) != shifted
         assert torch.allclose(layer.temporal_k[:, :, :2].norm(dim=-1), k.norm(dim=-1), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("prefix", "prefix_frames"), [("none", 0), ("first_frame", 1), ("prev_frames_k", 3)])
-def test_bytes_are_those_of_the_storage_and_of_the_formula(
+def test_bytes_equal_the_storage_and_the_formula(
     prefix: str, prefix_frames: int, dtype: torch.dtype, make_config: MakeConfig
 ) -> None:
     config = make_config(spatial_prefix=prefix)
     cache = KVCache(config, 3, dtype=dtype)
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage() for layer in cache.layers for t in layer if t is not None
-    }
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for layer in cache.layers for t in layer}
     assert cache.nbytes == sum(storage.nbytes() for storage in storages.values())
-    # depth × B × frames × S × 2D × bytes per number
+    # depth × B × frames × S × 2D × bytes per value
     frame = 2 * 3 * 4 * 2 * 32 * dtype.itemsize
     assert cache.nbytes == frame * (6 + prefix_frames + config.chunk_frames)  # the window, the prefix, a chunk's slots
     assert KVCache(config, 3, context_frames=4, dtype=dtype).nbytes == cache.nbytes - 2 * frame
@@ -249,16 +247,15 @@ def test_bytes_include_the_caption(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("prefix", SpatialPrefix)
-def test_what_an_unused_slot_holds_never_leaks(prefix: SpatialPrefix, backend: str, make_model: MakeModel) -> None:
-    """Old numbers in slots outside the window get no weight. They have to be finite, since 0 · nan is nan, which is why
-    the buffers are zeroed when they are made and not left as the allocator hands them out."""
+def test_unused_slots_have_no_effect(prefix: SpatialPrefix, backend: str, make_model: MakeModel) -> None:
+    """Old values in slots outside the window get no weight. They must be finite, since 0 · nan is nan, so new buffers
+    are zeroed."""
     model = make_model(backend, spatial_prefix=prefix)
     clean, dirty = context_of(model, "cached"), context_of(model, "cached")
     assert isinstance(dirty, CachedContext)
     for layer in dirty.cache.layers:
         for buffer in layer:
-            if buffer is not None:
-                buffer.fill_(1e4)
+            buffer.fill_(1e4)
     for frames in (0, 1, 1, 2, 2, 2, 2):
         if frames:
             for context in (clean, dirty):
@@ -269,7 +266,7 @@ def test_what_an_unused_slot_holds_never_leaks(prefix: SpatialPrefix, backend: s
 # ---------------------------------------------------------------------------------------------------------- positions
 @pytest.mark.parametrize("positions", TemporalPositions)
 def test_the_order_of_frames_matters(positions: TemporalPositions, make_model: MakeModel) -> None:
-    """Without a spatial prefix and with one layer, nothing but their positions tells cached frames apart."""
+    """With one layer and no spatial prefix, cached frames differ only by their positions."""
     model = make_model(depth=1, spatial_prefix="none", temporal_positions=positions)
     answers = []
     for order in ([0, 1, 2, 3], [3, 1, 2, 0]):
@@ -279,8 +276,8 @@ def test_the_order_of_frames_matters(positions: TemporalPositions, make_model: M
     assert (answers[0] - answers[1]).abs().max() > 1e-2
 
 
-def test_rope_depends_on_differences_only_however_long_the_video(make_model: MakeModel) -> None:
-    """At frame 100000 the answer is that at frame 0; float32 angles would be off by up to 0.008 there."""
+def test_rope_depends_only_on_differences_however_long_the_video(make_model: MakeModel) -> None:
+    """The output at frame 100000 equals that at frame 0; float32 angles would be off by up to 0.008."""
     model = make_model(depth=1, spatial_prefix="none", temporal_positions="rope")
     answers = []
     for first in (0, 100_000):
@@ -293,21 +290,21 @@ def test_rope_depends_on_differences_only_however_long_the_video(make_model: Mak
 
 
 def test_cyclic_positions_repeat_with_the_table(make_config: MakeConfig) -> None:
-    clock = TemporalWindow(make_config())
-    assert [clock.position(frame, frame) for frame in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
-    assert [clock.slot(frame) for frame in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+    plain = TemporalWindow(make_config())
+    assert [plain.position(frame, frame) for frame in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+    assert [plain.slot(frame) for frame in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
     sinks = TemporalWindow(make_config(), sink_frames=2)
     assert [sinks.position(frame, frame) for frame in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 2, 3]
     for start in range(30):
-        for each in (clock, sinks):
-            chunk = [*each.context(start), start, start + 1]
-            assert len({each.position(frame, start) for frame in chunk}) == len(chunk)
+        for window in (plain, sinks):
+            chunk = [*window.context(start), start, start + 1]
+            assert len({window.position(frame, start) for frame in chunk}) == len(chunk)
 
 
-def test_rope_sinks_stay_right_before_the_window(make_config: MakeConfig) -> None:
-    clock = TemporalWindow(make_config(temporal_positions="rope"), sink_frames=2)
+def test_rope_sinks_stay_directly_before_the_window(make_config: MakeConfig) -> None:
+    window = TemporalWindow(make_config(temporal_positions="rope"), sink_frames=2)
     for start in range(2, 30, 3):
-        positions = [clock.position(frame, start) for frame in [*clock.context(start), start, start + 1]]
+        positions = [window.position(frame, start) for frame in [*window.context(start), start, start + 1]]
         assert positions == list(range(start + 2 - len(positions), start + 2))
 
 

@@ -1,4 +1,4 @@
-"""The network: who sees whom, what its parts do, and what a new one starts as.
+"""The network: which frames see each other, what its parts do, and how a new one is initialised.
 
 Window of 6 frames, chunks of 2 (see conftest.py). Shapes: latents (B, C, T, h, w).
 """
@@ -50,11 +50,11 @@ def changed(frames: Tensor, frame: int) -> Tensor:
     return out
 
 
-# --------------------------------------------------------------------------------------------------- who sees whom
+# ----------------------------------------------------------------------------------- which frames see each other
 @pytest.mark.parametrize("prefix", SpatialPrefix)
 @pytest.mark.parametrize("clean", [0, 1, 4])
 def test_a_noisy_frame_sees_earlier_frames_only(prefix: SpatialPrefix, clean: int, make_model: MakeModel) -> None:
-    """A later one would also be seen through a clean frame in between, were those not causal too."""
+    """Clean frames are causal too; otherwise a later frame would be visible through a clean frame in between."""
     model, frames = make_model(spatial_prefix=prefix, chunk_frames=3), latents(clean + 3)
     usual = denoise(model, frames, clean)
     assert usual.shape == (2, 8, 3, 4, 4)
@@ -72,7 +72,7 @@ def test_partial_noisy_frames_see_each_other_and_clean_ones_do_not_see_them(clea
     for frame in range(clean, clean + 3):
         apart = (denoise(model, changed(frames, frame), clean) - usual).abs().amax((0, 1, 3, 4))
         assert (apart > 1e-3).all()
-    if clean:  # the cache knows no noisy frames, and the answer is the same
+    if clean:  # a cache, which has no noisy frames, gives the same output
         cache = KVCache(model.config, 2)
         model.write(frames[:, :, :clean], cache)
         again = model(frames[:, :, clean:], torch.full((2,), 500), cache.plan(3, clean=False), cache)
@@ -100,7 +100,7 @@ def test_a_clean_frames_keys_depend_on_earlier_frames_only(
 
 @pytest.mark.parametrize("prefix", SpatialPrefix)
 def test_only_in_first_frame_mode_do_clean_frames_look_at_another(prefix: SpatialPrefix, make_model: MakeModel) -> None:
-    """In the first layer, before any temporal attention: at the first frame, whether in the same write or earlier."""
+    """In the first layer, before temporal attention: at the first frame, whether in the same write or earlier."""
     model = make_model(depth=1, spatial_prefix=prefix)
 
     def keys(frames: Tensor, first_write: int) -> Tensor:
@@ -118,19 +118,19 @@ def test_only_in_first_frame_mode_do_clean_frames_look_at_another(prefix: Spatia
 
 
 def test_one_cache_serves_all_timesteps(make_model: MakeModel) -> None:
-    """Cache sharing: denoising leaves the clean frames' keys alone, at any timestep."""
+    """Cache sharing: denoising at any timestep leaves the clean frames' keys unchanged."""
     model, cache = make_model(), KVCache(make_model().config, 2)
     model.write(latents(4), cache)
-    kept = [(layer.temporal_k[:, :, :4].clone(), layer.temporal_v[:, :, :4].clone()) for layer in cache.layers]
+    before = [(layer.temporal_k[:, :, :4].clone(), layer.temporal_v[:, :, :4].clone()) for layer in cache.layers]
     plan = cache.plan(2, clean=False)
     answers = [model(latents(2, seed=3), torch.full((2,), t), plan, cache) for t in (999, 500, 0, 999)]
-    for layer, (k, v) in zip(cache.layers, kept, strict=True):
+    for layer, (k, v) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.temporal_k[:, :, :4], k) and torch.equal(layer.temporal_v[:, :, :4], v)
     assert torch.equal(answers[0], answers[3]) and not torch.allclose(answers[0], answers[1], atol=1e-3)
     assert cache.frames == 4
 
 
-def test_padding_of_a_caption_is_not_seen(make_model: MakeModel) -> None:
+def test_padding_of_a_caption_is_ignored(make_model: MakeModel) -> None:
     model = make_model(**EVERYTHING)
     embedding, mask = caption(model)
     plan = model.context_plan(2, 2, TemporalWindow(model.config))
@@ -150,7 +150,7 @@ def test_padding_of_a_caption_is_not_seen(make_model: MakeModel) -> None:
 @pytest.mark.parametrize("strategy", ["cached", "recompute"])
 @pytest.mark.parametrize("positions", TemporalPositions)
 def test_every_weight_matters(strategy: str, positions: TemporalPositions, make_model: MakeModel) -> None:
-    """Guards the other tests: none of them would notice a branch that contributes nothing."""
+    """The other tests would not notice a branch that contributes nothing."""
     model = make_model(temporal_positions=positions, **EVERYTHING)
 
     def answer() -> Tensor:
@@ -163,14 +163,14 @@ def test_every_weight_matters(strategy: str, positions: TemporalPositions, make_
 
     usual = answer()
     for name, parameter in model.named_parameters():
-        kept = parameter.clone()
+        before = parameter.clone()
         parameter.zero_()
         assert (answer() - usual).abs().max() > 1e-3, name
-        parameter.copy_(kept)
+        parameter.copy_(before)
 
 
-def test_the_mask_channel_tells_clean_frames_from_noisy_ones(make_model: MakeModel) -> None:
-    """The same frame written as clean or looked at as noisy, at timestep 0, differs by the mask alone."""
+def test_the_mask_channel_distinguishes_clean_and_noisy_frames(make_model: MakeModel) -> None:
+    """The same frame at timestep 0, as a clean frame and as a noisy one, differs only in the mask."""
     for mask_channel in (False, True):
         model = make_model(depth=1, mask_channel=mask_channel, spatial_prefix="none")
         clean, noisy = KVCache(model.config, 2), KVCache(model.config, 2)
@@ -180,7 +180,7 @@ def test_the_mask_channel_tells_clean_frames_from_noisy_ones(make_model: MakeMod
         assert same is not mask_channel
 
 
-def test_a_write_answers_nothing_and_stops_at_the_last_keys(make_model: MakeModel) -> None:
+def test_a_write_returns_no_frames_and_stops_at_the_last_keys(make_model: MakeModel) -> None:
     model, calls = make_model(), 0
 
     def count(*_: object) -> None:
@@ -205,7 +205,7 @@ def test_output_channels(learn_variance: bool, make_model: MakeModel) -> None:
 
 
 def test_bfloat16_stays_near_float32(make_model: MakeModel) -> None:
-    """Eight bits of mantissa, rounded some fifty times: about a hundredth of the largest number."""
+    """Eight bits of mantissa, rounded about fifty times: about a hundredth of the largest value."""
     usual = denoise(make_model(temporal_positions="rope", **EVERYTHING), latents(6), 4)
     rough = denoise(make_model(temporal_positions="rope", **EVERYTHING).to(torch.bfloat16), latents(6), 4)
     assert rough.dtype == torch.bfloat16
@@ -247,7 +247,7 @@ def test_every_weight_is_trained(make_model: MakeModel) -> None:
 def test_gelu_is_pytorchs_with_and_without_a_gradient(
     dtype: torch.dtype, atol: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "GELU_NUMBERS", 1000)
+    monkeypatch.setattr(layers, "GELU_VALUES", 1000)
     x = torch.linspace(-12, 12, 4801, dtype=dtype)
     expected = nn.functional.gelu(x, approximate="tanh")
     assert torch.allclose(gelu(x), expected, rtol=0, atol=atol)

@@ -47,7 +47,7 @@ class Answering(nn.Module):
     def context_plan(self, noisy: int, start: int, clock: TemporalWindow) -> FramePlan:
         clean, frames = len(clock.context(start)), start + noisy
         positions = torch.tensor([clock.position(f, start) for f in range(frames)])
-        return FramePlan(clean, False, positions, torch.ones(frames, frames, dtype=torch.bool))
+        return FramePlan(clean, False, positions, torch.ones(frames, frames, dtype=torch.bool), None)
 
     def forward(self, inputs: Tensor, timestep: Tensor, plan: FramePlan, text: object = None) -> Tensor:
         self.inputs, self.timestep, self.plan = inputs, timestep.flatten(), plan

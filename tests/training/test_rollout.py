@@ -1,4 +1,4 @@
-"""Rollouts in training: the context that generation itself would make.
+"""Rollouts in training: the context that generation would produce.
 
 Chunks of 2, window of 6 (see conftest.py). Shapes: latents (B, C, T, h, w).
 """
@@ -39,7 +39,7 @@ def clip(frames: int) -> Tensor:
 
 
 class SameNoise:
-    """The numbers that a rollout draws, in its order."""
+    """The noise that a rollout draws, in the same order."""
 
     def __init__(self) -> None:
         self.generators = generators()
@@ -61,20 +61,20 @@ class SameNoise:
 @pytest.mark.parametrize("perturbed", [None, (50, 100)])
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpm++"])
 @pytest.mark.parametrize("prefix", [0, 3])
-def test_at_full_strength_a_rollout_is_what_generation_makes(
+def test_at_full_strength_a_rollout_equals_generation(
     prefix: int, sampler: str, perturbed: tuple[int, int] | None, make_model: MakeModel
 ) -> None:
     model, process = make_model(), NoiseProcess(DiffusionConfig(prefix_noise=perturbed))
-    chunks = 6  # of which five are made, past the window
-    made = self_forcing_rollout(
+    chunks = 6  # five are generated, more than fit the window
+    rollout = self_forcing_rollout(
         model, make_sampler(sampler, process, 3), clip(prefix + 10), prefix, chunks, 1.0, generators()
     )
-    assert made.shape[2] == prefix + 10 and torch.equal(made[:, :, :prefix], clip(prefix + 10)[:, :, :prefix])
+    assert rollout.shape[2] == prefix + 10 and torch.equal(rollout[:, :, :prefix], clip(prefix + 10)[:, :, :prefix])
     context = make_context(model, "cached", 2)
     given = clip(prefix + 10)[:, :, :prefix] if prefix else None
     expected = generate(context, process, make_sampler(sampler, process, 3), SameNoise(), 5, given=given)
     whole = torch.cat([chunk.latents for chunk in expected], dim=2)
-    assert torch.allclose(made[:, :, prefix:], whole, atol=1e-4 * float(whole.abs().max()))
+    assert torch.allclose(rollout[:, :, prefix:], whole, atol=1e-4 * float(whole.abs().max()))
 
 
 def test_a_weaker_rollout_keeps_more_of_the_true_chunk(make_config: Callable[..., ModelConfig]) -> None:
@@ -83,13 +83,13 @@ def test_a_weaker_rollout_keeps_more_of_the_true_chunk(make_config: Callable[...
     process, true = NoiseProcess(DiffusionConfig()), clip(9)
     errors = []
     for strength in (0.05, 0.3, 0.6):
-        made = self_forcing_rollout(model, make_sampler("ddim", process, 20), true, 1, 4, strength, generators())
-        errors.append(float((made - true[:, :, :7]).square().mean()))
+        rollout = self_forcing_rollout(model, make_sampler("ddim", process, 20), true, 1, 4, strength, generators())
+        errors.append(float((rollout - true[:, :, :7]).square().mean()))
     assert errors == sorted(errors) and errors[0] < 0.1
 
 
 def trainer_with(share: float, *overrides: str) -> Trainer:
-    """Of a run whose rollouts have that share."""
+    """A trainer with this share of rollouts."""
     settings = ["training.parallel_chunks=true", "training.clip_frames=17", f"training.rollout_share={share}"]
     settings += ["training.rollout_steps=2", "training.prefix_lengths=[0]"]
     preset = load_preset("tiny", [*settings, *overrides]).config
@@ -113,7 +113,7 @@ def test_training_on_rollouts_is_reproducible_and_changes_the_weights() -> None:
     assert not all(torch.equal(first[key], true[key]) for key in first)
 
 
-def test_a_sampler_that_rollouts_can_not_use_is_refused_before_the_first_step() -> None:
+def test_a_sampler_that_rollouts_cannot_use_is_refused_before_the_first_step() -> None:
     with pytest.raises(UsageError, match="sampler: 'none' is none of"):
         trainer_with(0.1, "sampling.sampler=none")
-    assert trainer_with(0.0, "sampling.sampler=none").step == 0  # it has none
+    assert trainer_with(0.0, "sampling.sampler=none").step == 0  # no rollouts, no sampler

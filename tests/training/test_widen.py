@@ -12,8 +12,8 @@ from command_kit import ROOT
 
 from ca2vdm_cli.checkpoint import load_tensors, load_weights
 from ca2vdm_cli.config import ModelConfig
+from ca2vdm_cli.loading import randomize
 from ca2vdm_cli.model.temporal_window import TemporalWindow
-from ca2vdm_cli.pipeline import randomize
 from ca2vdm_cli.presets import load_preset
 
 SCRIPT = ROOT / "ca2vdm_cli" / "training" / "widen.py"
@@ -63,7 +63,7 @@ def test_the_command_writes_weights_for_the_settings_that_it_names(
     ("arguments", "message"),
     [
         (["--preset", "bench-small"], "preset bench-small has no weights; give --checkpoint"),
-        (["--checkpoint", "none.safetensors"], "--checkpoint none.safetensors: no such file"),
+        (["--checkpoint", "none.safetensors"], "checkpoint none.safetensors: no such file"),
         (["--checkpoint", str(SCRIPT)], "not a readable safetensors file"),
     ],
 )
