@@ -20,15 +20,14 @@ import torch
 from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.config import Optimizer, TrainingConfig
 from ca2vdm_cli.errors import UsageError
-from ca2vdm_cli.training import sharding as zero
 from ca2vdm_cli.training.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
-from ca2vdm_cli.training.trainer import check_sharing
+from ca2vdm_cli.training.sharding import DeepSpeedSharding, make_sharding
 
 KILLED = -9
 # Kills the process, as ``kill -9`` does, at the n-th thing that saving does to the disk; files are left half written.
 DRIVER = """
 import os, pathlib, signal, sys
-from ca2vdm_cli import run_folder
+from ca2vdm_cli.training import run_folder
 from ca2vdm_cli.__main__ import main
 
 left = int(sys.argv.pop(1))
@@ -220,11 +219,11 @@ def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: l
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"zero_optimization": {"stage": 3}}, "DeepSpeed: stage 3 of ZeRO is not supported"),
-        ({"zero_optimization": {}}, "DeepSpeed: stage None of ZeRO is not supported"),
-        ({"optimizer": {"type": "Adam"}}, "DeepSpeed: the optimizer is that of the preset"),
+        ({"zero_optimization": {"stage": 3}}, "DeepSpeed: ZeRO stage 3 is not supported"),
+        ({"zero_optimization": {}}, "DeepSpeed: ZeRO stage None is not supported"),
+        ({"optimizer": {"type": "Adam"}}, "DeepSpeed: the preset sets the optimizer"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "DeepSpeed: offload_optimizer"),
-        ({}, "DeepSpeed: it does not go with muon; training.optimizer=adamw"),
+        ({}, "DeepSpeed: it does not support muon; set training.optimizer=adamw"),
     ],
 )
 def test_what_deepspeed_can_not_do(settings: dict[str, Any], expected: str) -> None:
@@ -232,12 +231,12 @@ def test_what_deepspeed_can_not_do(settings: dict[str, Any], expected: str) -> N
     settings = {"zero_optimization": {"stage": 2}, **settings}
     accelerator: Any = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
     with pytest.raises(UsageError, match=expected):
-        zero.configure(accelerator, TrainingConfig(optimizer=optimizer), share=1)
+        DeepSpeedSharding(accelerator).configure(TrainingConfig(optimizer=optimizer), share=1)
 
 
 @pytest.mark.parametrize(
     ("version", "units", "expected"),
-    [(1, None, "FSDP: its first version is not supported"), (2, 100, "FSDP: a block must stay whole")],
+    [(1, None, "FSDP: version 1 is not supported"), (2, 100, "FSDP: a block must stay whole")],
 )
 def test_what_fsdp_can_not_do(version: int, units: int | None, expected: str) -> None:
     accelerator: Any = SimpleNamespace(
@@ -246,4 +245,4 @@ def test_what_fsdp_can_not_do(version: int, units: int | None, expected: str) ->
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(min_num_params=units)),
     )
     with pytest.raises(UsageError, match=expected):
-        check_sharing(accelerator)
+        make_sharding(accelerator)

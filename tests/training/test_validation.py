@@ -16,13 +16,12 @@ from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
+from ca2vdm_cli.training.batches import TrainingData
 from ca2vdm_cli.training.log import VALIDATION_FILE
 from ca2vdm_cli.training.run_folder import RunFolder
-from ca2vdm_cli.training.trainer import Trainer, train
+from ca2vdm_cli.training.trainer import Trainer, training_loop
 from ca2vdm_cli.training.validation import LEVELS, Validator
 from ca2vdm_cli.video_io import open_reader
-
-PREFIXES = (0, 1, 5)
 
 
 def validator(folder: Path, *overrides: str) -> Validator:
@@ -31,17 +30,19 @@ def validator(folder: Path, *overrides: str) -> Validator:
     torch.manual_seed(0)
     autoencoder = load_autoencoder(preset.autoencoder, preset.video, preset.model.in_channels)
     source = MovingDigits(preset.synthetic_data, preset.video, seed=9)
-    return Validator(preset, source, autoencoder, backends["eager"], torch.device("cpu"), PREFIXES, folder)
+    data = TrainingData(source, autoencoder)
+    return Validator(preset, data, backends["eager"], torch.device("cpu"), folder)
 
 
 @pytest.mark.parametrize("start", [True, False])
 def test_a_validation_leaves_a_video_and_a_sheet(start: bool, tmp_path: Path) -> None:
-    prefixes = f"training.prefix_lengths={[0, 1] if start else [1]}"
-    validate = validator(tmp_path, f"diffusion.unconditional_start={str(start).lower()}", prefixes)
+    prefixes = [0, 1, 5] if start else [1, 5]
+    settings = [f"diffusion.unconditional_start={str(start).lower()}", f"training.prefix_lengths={prefixes}"]
+    validate = validator(tmp_path, *settings)
     report = validate(validate.model.state_dict(), 40)
-    assert report.step == 40 and report.by_prefix.keys() == set(PREFIXES) and report.by_level.keys() == set(LEVELS)
+    assert report.step == 40 and report.by_prefix.keys() == set(prefixes) and report.by_level.keys() == set(LEVELS)
     mean = sum(report.by_level.values()) / len(LEVELS)
-    assert report.loss == pytest.approx(mean) == pytest.approx(sum(report.by_prefix.values()) / len(PREFIXES))
+    assert report.loss == pytest.approx(mean) == pytest.approx(sum(report.by_prefix.values()) / len(prefixes))
     sheet = cv2.imread(str(report.sheet))
     config = validate.preset.video
     assert (
@@ -80,11 +81,11 @@ def test_the_held_out_loss_depends_on_the_weights_alone(tmp_path: Path) -> None:
 
 
 def test_training_validates_as_often_as_asked_and_logs_it(tmp_path: Path) -> None:
-    preset = load_preset("tiny", ["training.validate_every=2"]).config
+    preset = load_preset("tiny", ["training.validate_every=2", "training.steps=3"]).config
     validate = validator(tmp_path / "validation")
     accelerator = make_accelerator("cpu", preset.training.precision)
-    trainer = Trainer(preset, validate.source, validate.autoencoder, backends["eager"], accelerator, steps=3)
-    train(trainer, RunFolder(tmp_path), lambda report: None, validate)
+    trainer = Trainer(preset, validate.data, backends["eager"], accelerator)
+    training_loop(trainer, RunFolder(tmp_path), lambda report: None, validate)
     lines = [json.loads(line) for line in (tmp_path / VALIDATION_FILE).read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3]
     assert isinstance(validate.model, CausalVideoTransformer)
