@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def launched() -> tuple[int, int]:
-    """This process's rank and the number of processes, as ``accelerate launch`` or ``torchrun`` set them; else (0, 1)."""
+    """Rank and number of processes, if ``accelerate launch`` or ``torchrun`` started this one; else (0, 1)."""
     try:
         rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:
