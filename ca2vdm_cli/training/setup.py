@@ -42,6 +42,7 @@ from .widen import widened, wider
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LARGEST_SEED = 2**63 - 1
 SMOOTHED_STEPS = 50
 """Steps that a reported loss is averaged over."""
 HELD_OUT = 1_000_003
@@ -159,11 +160,12 @@ def train(
         preset, checkpoint = _starting_point(preset, checkpoint, inputs.teacher)
     elif preset is None and checkpoint is None:
         preset = out
-    loaded, weights = _load(preset, checkpoint, overrides)
+    changes = [*_listed(overrides), *([] if steps is None else [f"training.steps={steps}"])]
+    loaded, weights = _load(preset, checkpoint, changes)
     if widen and weights is None:
         raise UsageError(f"preset {loaded.name}: it has no weights to widen; give a checkpoint")
     distill, starts = inputs.teacher is not None, resume or widen or checkpoint is not None
-    config = _settled(loaded, steps, widen=widen, distill=distill, starts=starts)
+    config = _settled(loaded, widen=widen, distill=distill, starts=starts)
     accelerator = make_accelerator(
         device, config.training.precision, unused_parameters=_leaves_parameters_unused(config)
     )
@@ -222,6 +224,8 @@ class _Inputs:
             UsageError: another seed than the run's, no such teacher, or a clip source that can't be restored.
         """
         facts = {} if last is None else last.facts
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise UsageError(f"seed: {self.seed} must be from 0 to {LARGEST_SEED}")
         if self.given_seed is not None and facts.get("seed", str(self.given_seed)) != str(self.given_seed):
             raise UsageError(
                 f"seed: {self.given_seed} is not the resumed run's, which has seed {facts['seed']}; leave it out"
@@ -345,26 +349,28 @@ def _starting_point(
 
 
 def _load(
-    preset: str | Path | Preset | None, checkpoint: str | Path | None, overrides: Mapping[str, Any] | Sequence[str]
+    preset: str | Path | Preset | None, checkpoint: str | Path | None, overrides: Sequence[str]
 ) -> tuple[LoadedPreset, Path | None]:
     """The preset, and the weights that it or ``checkpoint`` names."""
-    changes = list(_flattened(overrides)) if isinstance(overrides, Mapping) else list(overrides)
     if not isinstance(preset, Preset):
-        return find_weights(preset, checkpoint, changes)
-    loaded = load_preset(preset, changes)
+        return find_weights(preset, checkpoint, overrides)
+    loaded = load_preset(preset, overrides)
     return loaded, loaded.weights_path if checkpoint is None else find_weights(None, checkpoint)[1]
 
 
-def _flattened(overrides: Mapping[str, Any], section: str = "") -> Iterator[str]:
-    """Overrides such as ``model.depth=4``; values are written as JSON, which is YAML too."""
+def _listed(overrides: Mapping[str, Any] | Sequence[str], section: str = "") -> Iterator[str]:
+    """Overrides such as ``model.depth=4``; values of a mapping are written as JSON, which is YAML too."""
+    if not isinstance(overrides, Mapping):
+        yield from overrides
+        return
     for key, value in overrides.items():
         if isinstance(value, Mapping):
-            yield from _flattened(value, f"{section}{key}.")
+            yield from _listed(value, f"{section}{key}.")
         else:
             yield f"{section}{key}={json.dumps(value, default=str)}"
 
 
-def _settled(loaded: LoadedPreset, steps: int | None, *, widen: bool, distill: bool, starts: bool) -> Preset:
+def _settled(loaded: LoadedPreset, *, widen: bool, distill: bool, starts: bool) -> Preset:
     """The preset as it is trained and written to the run's folder.
 
     Raises:
@@ -392,7 +398,6 @@ def _settled(loaded: LoadedPreset, steps: int | None, *, widen: bool, distill: b
         model=wider(config.model) if widen else config.model,
         text=text,
         autoencoder=autoencoder,
-        training=replace(config.training, steps=steps or config.training.steps),
         sampling=sampling,
         weights=WEIGHTS_FILE,
         autoencoder_weights=AUTOENCODER_FILE if autoencoders[config.autoencoder.kind].trained_here else None,

@@ -162,6 +162,8 @@ def test_a_preset_object_and_a_runs_weights(tmp_path: Path) -> None:
     ("options", "expected"),
     [
         ({"resume": True}, "out: .*run has no checkpoints, so there is nothing to resume"),
+        ({"seed": -1}, "seed: -1 must be from 0 to"),
+        ({"steps": 0}, "training.steps: 0 must be greater than or equal to 1"),
         ({"teacher": "absent"}, "teacher: absent: no such file or folder"),
         ({"widen": True}, "preset tiny: it has no weights to widen; give a checkpoint"),
         ({"widen": True, "teacher": "."}, "widen: it starts a run of its own; leave out resume and teacher"),

@@ -1,4 +1,4 @@
-"""Training: a resumed run is the uninterrupted one, and what can go wrong ends in one line."""
+"""Training: a resumed run equals an uninterrupted one, and failures end in one line."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def newest(folder: Path) -> Checkpoint:
-    """The newest checkpoint, of which none is damaged."""
-    found, problems = RunFolder(folder).newest()
-    assert found is not None and not problems
-    return found
+    """The newest checkpoint; none may be damaged."""
+    checkpoint, problems = RunFolder(folder).newest()
+    assert checkpoint is not None and not problems
+    return checkpoint
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -91,7 +91,7 @@ def without_times(report: StepReport) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     "setting",
     [
-        "training.prefix_lengths=[0]",  # after an empty prefix alone, a branch has no moments
+        "training.prefix_lengths=[0]",  # with empty prefixes only, a branch has no moments
         "training.prefix_lengths=[0, 1, 4, 5, 9]",
         "training.optimizer=muon",
         "training.trainable=temporal",
@@ -106,7 +106,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(setting: str, run: Runs, tmp_
     first = run(*settings)
     reports = [without_times(first.train_step()) for _ in range(3)]
     first.save(RunFolder(tmp_path))
-    torch.manual_seed(99)  # the state of the world outside does not matter
+    torch.manual_seed(99)  # global random state does not matter
     second = run(*settings)
     second.state.load(newest(tmp_path))
     assert second.step == 3
@@ -124,7 +124,7 @@ def test_the_loop_saves_as_it_goes_at_the_end_and_when_interrupted(run: Runs, tm
         last, _ = RunFolder(tmp_path).newest()
         steps_on_disk.append(last.step if last is not None else 0)
         if report.step == 4:
-            signal.raise_signal(signal.SIGINT)  # which waits for the end of the step
+            signal.raise_signal(signal.SIGINT)  # takes effect after the step
 
     with pytest.raises(KeyboardInterrupt):
         training_loop(run("training.checkpoint_every=2", steps=5), RunFolder(tmp_path), interrupt)
@@ -140,7 +140,7 @@ def test_the_loop_saves_as_it_goes_at_the_end_and_when_interrupted(run: Runs, tm
     assert all(math.isfinite(line["loss"]) and line["frames"] == 8 for line in lines)
 
 
-def test_what_is_saved_is_a_preset_and_the_averaged_weights(run: Runs, tmp_path: Path) -> None:
+def test_a_run_saves_a_preset_and_the_averaged_weights(run: Runs, tmp_path: Path) -> None:
     trainer = run()
     trainer.train_step()
     trainer.save(RunFolder(tmp_path))
@@ -182,7 +182,7 @@ def base(run: Runs) -> dict[str, Tensor]:
     return {k: v + 0.1 * torch.randn(v.shape, generator=generator).to(v) for k, v in weights.items()}
 
 
-def test_adapters_alone_are_trained_and_merged_into_what_is_saved(
+def test_only_adapters_are_trained_and_they_are_merged_into_saved_weights(
     run: Runs, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     trainer = run(*LORA, "training.prefix_lengths=[0, 9]", "training.prefix_weights=[0, 1]")
@@ -212,7 +212,7 @@ def test_adapters_alone_are_trained_and_merged_into_what_is_saved(
 
 
 def test_adapters_learn(run: Runs, base: dict[str, Tensor]) -> None:
-    """As the same clips and noise come again, the loss on them falls."""
+    """The loss on the same clips and noise falls when they are trained on repeatedly."""
 
     def loss(trainer: Trainer) -> float:
         trainer.state.step = 0
@@ -232,7 +232,7 @@ def test_adapters_learn(run: Runs, base: dict[str, Tensor]) -> None:
         ("training.optimizer=muon", "muon does not go with training.trainable lora"),
     ],
 )
-def test_adapters_that_can_not_be(setting: str, expected: str) -> None:
+def test_impossible_adapters_are_refused(setting: str, expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
         load_preset("tiny", ["training.trainable=lora", setting])
 
@@ -260,17 +260,17 @@ def test_the_average_follows_the_weights(run: Runs) -> None:
 
 def test_prefix_lengths(run: Runs) -> None:
     published = ["training.prefix_lengths=", "diffusion.unconditional_start=false"]
-    assert run(*published).preset.prefixes == (1, 5, 9)  # 1 and a multiple of the chunk's length
-    assert run(published[0]).preset.prefixes == (0, 1, 4, 5, 8, 9)  # and multiples of it, which follow an empty start
+    assert run(*published).preset.prefixes == (1, 5, 9)  # 1 plus multiples of the chunk's length
+    assert run(published[0]).preset.prefixes == (0, 1, 4, 5, 8, 9)  # and multiples of it, which follow an empty context
     parallel = run("training.parallel_chunks=true", "training.clip_frames=21", published[0])
     assert parallel.preset.prefixes == (0,) and parallel.preset.trained_prefixes == (0, 4, 8, 9)
     trainer = run("training.prefix_lengths=[0, 9]")
     assert {trainer.train_step().prefix for _ in range(8)} == {0, 9}
 
 
-def test_a_share_of_the_steps_trains_first_chunks_alone(run: Runs) -> None:
+def test_a_share_of_the_steps_trains_only_first_chunks(run: Runs) -> None:
     settings = ["training.parallel_chunks=true", "training.clip_frames=12", "training.prefix_lengths=[0]"]
-    clips = {4: 2 * 4, 12: 2 * 12}  # trained frames of a step by those of a clip
+    clips = {4: 2 * 4, 12: 2 * 12}  # frames per clip: trained frames per step
 
     def trained(share: float) -> list[int]:
         trainer = run(*settings, f"training.first_chunk_share={share}")
@@ -292,7 +292,7 @@ def test_clips_are_read_in_order_and_only_as_long_as_needed(run: Runs, source: C
             return source.clip(index, frames)
 
         def crop(self, index: int, side: int) -> Tensor:
-            raise AssertionError("no pictures are needed")
+            raise AssertionError("no crops are needed")
 
         def caption(self, index: int) -> str | None:
             return None
@@ -322,7 +322,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(poison: float, r
 
 
 def test_a_run_that_blew_up_leaves_the_last_good_checkpoint(run: Runs, tmp_path: Path) -> None:
-    """Which is the one that the error tells to resume from."""
+    """It is the one that the error says to resume from."""
     trainer = run("training.checkpoint_every=2")
 
     def blow_up(report: StepReport) -> None:
@@ -336,7 +336,7 @@ def test_a_run_that_blew_up_leaves_the_last_good_checkpoint(run: Runs, tmp_path:
     assert newest(tmp_path).step == 2 and all(value.isfinite().all() for value in tensors.values())
 
 
-def test_what_is_no_training_state_is_refused(run: Runs, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_no_training_state_is_refused(run: Runs, tmp_path: Path) -> None:
     trainer, folder = run(), RunFolder(tmp_path)
     average = trainer.state.average.tensors
     folder.save(1, {}, {WEIGHTS_FILE: average, STATE_FILE: average})

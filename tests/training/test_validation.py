@@ -1,4 +1,4 @@
-"""Validation: held-out loss that depends on the weights alone, and pictures that can be looked at."""
+"""Validation: a held-out loss that depends on the weights only, metrics, and videos."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_video_of_absolute_positions_ends_where_they_do(tmp_path: Path) -> Non
         assert len(list(reader)) == 12  # of 13 positions, in chunks of 4
 
 
-def test_a_sampler_that_can_not_be_used_is_refused_before_the_first_validation(tmp_path: Path) -> None:
+def test_an_unsuitable_sampler_is_refused_before_the_first_validation(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="ancestral needs a variance-preserving process"):
         validator(
             tmp_path,
@@ -74,7 +74,7 @@ def test_a_sampler_that_can_not_be_used_is_refused_before_the_first_validation(t
         )
 
 
-def test_the_held_out_loss_depends_on_the_weights_alone(tmp_path: Path) -> None:
+def test_the_held_out_loss_depends_on_the_weights_only(tmp_path: Path) -> None:
     first, second = validator(tmp_path), validator(tmp_path)
     weights = first.model.state_dict()
     torch.manual_seed(7)
