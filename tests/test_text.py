@@ -383,4 +383,4 @@ def test_captions_without_an_encoder_are_said_to_be_left_out(trained: Path, caps
     command = ["train", "--preset", "tiny", "--data", str(trained / "list.jsonl"), "--steps", "1", *RUN[:-1]]
     command += [part for setting in settings for part in ("--set", setting)]
     assert main([*command, "--out", str(trained / "without")]) == 0
-    assert "no text encoder: text.path names none; they are not learned from" in capsys.readouterr().err
+    assert "the preset names no text encoder; they are not used" in capsys.readouterr().err

@@ -54,7 +54,6 @@ def run(
         )
     except KeyboardInterrupt:
         if progress.step is not None:
-            progress.close()
             progress.note(f"interrupted at step {progress.step}: go on with ca2vdm train --resume --out {out}")
         raise
     finally:
