@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline, VideoChunk
     from .plugins import autoencoders, backends, choose_backend, contexts, metrics, readers, samplers
     from .presets import LoadedPreset, list_presets, load_preset
-    from .training.setup import TrainingCallbacks, TrainingResult, train
+    from .training.callbacks import TrainingCallbacks
+    from .training.setup import TrainingResult, train
     from .video_metrics import Metric
 
 STARTED = perf_counter()
@@ -42,7 +43,7 @@ _HOME = {  # name: the module it lives in
     "Preset": "config",
     "Reader": "data.readers",
     "Sampler": "generate.samplers",
-    "TrainingCallbacks": "training.setup",
+    "TrainingCallbacks": "training.callbacks",
     "TrainingResult": "training.setup",
     "UsageError": "errors",
     "UserError": "errors",

@@ -7,8 +7,9 @@ from pathlib import Path
 from ca2vdm_cli.data import Clips
 from ca2vdm_cli.processes import launched
 from ca2vdm_cli.terminal import ProgressBar, duration, note, print_json, size
+from ca2vdm_cli.training.callbacks import TrainingCallbacks
 from ca2vdm_cli.training.log import StepReport
-from ca2vdm_cli.training.setup import TrainingCallbacks, TrainingResult, train
+from ca2vdm_cli.training.setup import TrainingResult, train
 
 
 def run(
