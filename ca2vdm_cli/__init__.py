@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .autoencoder import Autoencoder
+    from .config import Preset
     from .data.readers import Layout, Reader
+    from .data.source import ClipSource
     from .errors import UsageError, UserError
     from .generate.context import Context, ContextOptions
     from .generate.samplers import Sampler
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline, RunOptions, VideoChunk
     from .plugins import autoencoders, backends, choose_backend, contexts, metrics, readers, samplers
     from .presets import LoadedPreset, list_presets, load_preset
+    from .training.callbacks import TrainingCallbacks
+    from .training.setup import TrainingResult, train
     from .video_metrics import Metric
 
 STARTED = perf_counter()
@@ -29,15 +33,19 @@ __version__ = "0.1.0"
 _HOME = {  # name: the module it lives in
     "Autoencoder": "autoencoder",
     "Backend": "model.attention",
+    "ClipSource": "data.source",
     "Context": "generate.context",
     "ContextOptions": "generate.context",
     "Layout": "data.readers",
     "LoadedPreset": "presets",
     "Metric": "video_metrics",
     "Pipeline": "pipeline",
+    "Preset": "config",
     "Reader": "data.readers",
     "RunOptions": "pipeline",
     "Sampler": "generate.samplers",
+    "TrainingCallbacks": "training.callbacks",
+    "TrainingResult": "training.setup",
     "UsageError": "errors",
     "UserError": "errors",
     "VideoChunk": "pipeline",
@@ -51,19 +59,24 @@ _HOME = {  # name: the module it lives in
     "metrics": "plugins",
     "readers": "plugins",
     "samplers": "plugins",
+    "train": "training.setup",
 }
 __all__ = [
     "Autoencoder",
     "Backend",
+    "ClipSource",
     "Context",
     "ContextOptions",
     "Layout",
     "LoadedPreset",
     "Metric",
     "Pipeline",
+    "Preset",
     "Reader",
     "RunOptions",
     "Sampler",
+    "TrainingCallbacks",
+    "TrainingResult",
     "UsageError",
     "UserError",
     "VideoChunk",
@@ -78,6 +91,7 @@ __all__ = [
     "metrics",
     "readers",
     "samplers",
+    "train",
 ]
 
 

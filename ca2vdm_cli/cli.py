@@ -205,25 +205,36 @@ def train(
     ] = None,
     aspect: Annotated[
         AspectName | None,
-        typer.Option(help="When a video's shape is not the model's: cut, add bars, or distort (default: stretch)."),
+        typer.Option(help="How to fit videos of another shape: crop, add bars, or distort (default: stretch)."),
     ] = None,
     validation_data: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Held-out videos for validation. Default: synthetic, else the training data."),
+        typer.Option(
+            metavar="DIR",
+            help="Held-out videos for validation. Default: other synthetic clips, or else the training data.",
+        ),
     ] = None,
     check_data: Annotated[
-        bool, typer.Option("--check-data", help="Only read the data, and say what is there.")
+        bool, typer.Option("--check-data", help="Only read the data, and report what is in it.")
     ] = False,
     cache_latents: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Encode the videos once, and keep their latents there.")
+        Path | None, typer.Option(metavar="DIR", help="Encode the videos once, and cache their latents.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where weights and state go.")] = Path("runs/train"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: weights and checkpoints.")] = Path(
+        "runs/train"
+    ),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: the preset's.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights to begin from (fine-tuning).")] = None,
-    distill: Annotated[
-        Path | None, typer.Option(metavar="WEIGHTS", help="A trained model, or its run, to make a few-step student of.")
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights to start from (fine-tuning): a file, or a training run's folder.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in --out.")] = False,
+    widen: Annotated[
+        bool, typer.Option("--widen", help="Start from the weights made twice as wide, and train the wider model.")
+    ] = False,
+    distill: Annotated[
+        Path | None,
+        typer.Option(metavar="WEIGHTS", help="A trained model or its run, to distill into few steps."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     seed: Annotated[
         int | None,
         typer.Option(min=0, max=LARGEST_SEED, help="Seed of all randomness. Default: 0, or the resumed run's."),
@@ -242,27 +253,26 @@ def train(
         run_folder = distill if distill is not None and distill.is_dir() else out if resume else None
         check(preset, checkpoint or run_folder, data, fit, set_ or [], as_json=json, quiet=quiet)
         return
-    from .commands.train import Request, run
+    from .commands.train import run
 
     run(
-        Request(
-            preset=preset,
-            data=data,
-            aspect=fit,
-            validation_data=validation_data,
-            cache_latents=cache_latents,
-            out=out,
-            steps=steps,
-            checkpoint=checkpoint,
-            distill=distill,
-            resume=resume,
-            seed=seed,
-            backend=backend,
-            device=device,
-            overrides=set_ or [],
-            as_json=json,
-            quiet=quiet,
-        )
+        preset,
+        data=data,
+        aspect=fit,
+        validation_data=validation_data,
+        cache_latents=cache_latents,
+        out=out,
+        steps=steps,
+        checkpoint=checkpoint,
+        widen=widen,
+        distill=distill,
+        resume=resume,
+        seed=seed,
+        backend=backend,
+        device=device,
+        overrides=set_ or [],
+        as_json=json,
+        quiet=quiet,
     )
 
 

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .config import Preset
 from .errors import UsageError
-from .plugins import autoencoders, readers
+from .plugins import Registry, autoencoders, metrics, readers
 
 DEFAULT_PRESET = "moving-digits"
 """What a command uses unless told otherwise."""
@@ -48,19 +48,20 @@ class LoadedPreset:
     """The conv autoencoder's weights, an existing file, or None."""
 
 
-def load_preset(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedPreset:
+def load_preset(name_or_path: str | Path | Preset, overrides: Sequence[str] = ()) -> LoadedPreset:
     """Read a preset and check it.
 
     Args:
-        name_or_path: a built-in preset's name, a YAML file, or a folder with a ``preset.yaml``.
+        name_or_path: a built-in preset's name, a YAML file, or a folder with a ``preset.yaml``; or a preset itself,
+            whose files are relative to the working directory.
         overrides: changes such as ``model.depth=4``, applied in order; values are YAML, and an empty one is null.
 
     Raises:
         UsageError: it does not exist, is not valid, or names weights that do not exist.
     """
-    path = _find(name_or_path)
+    path = Path(PRESET_FILE) if isinstance(name_or_path, Preset) else _find(name_or_path)
     source = " ".join([str(path), *(["with"] if overrides else []), *map(_flag, overrides)])
-    mapping = _read(path)
+    mapping = to_mapping(name_or_path) if isinstance(name_or_path, Preset) else _read(path)
     for override in overrides:
         _apply(override, mapping)
     config = preset_from_mapping(mapping, source)
@@ -110,10 +111,12 @@ def preset_from_mapping(mapping: object, source: str = "preset") -> Preset:
         preset = _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
         raise UsageError(f"{source}: {_first_problem(error)}") from error
-    for registry, key, name in (
+    checks: tuple[tuple[Registry[Any], str, str], ...] = (
         (autoencoders, "autoencoder.kind", preset.autoencoder.kind),
         (readers, "data.format", preset.data.format),
-    ):
+        *((metrics, "training.validation_metrics", name) for name in preset.training.validation_metrics),
+    )
+    for registry, key, name in checks:
         if name not in registry.reserved:
             registry.check(name, f"{source}: {key}")
     return preset

@@ -45,11 +45,11 @@ ALLOWED: dict[str, set[str]] = {
     "loading": METHOD | {"checkpoint", "presets"},
     "pipeline": PIPELINE,
     "processes": BASE | {"runtime"},
-    "training": PIPELINE | {"interrupts", "processes", "terminal"},
+    "training": PIPELINE | {"interrupts", "processes", "video_metrics"},
     "bench": PIPELINE | {"__init__"},
     "__init__": {
-        *("autoencoder", "data", "errors", "generate", "hookspecs", "model", "pipeline", "plugins", "presets"),
-        "video_metrics",
+        *("autoencoder", "config", "data", "errors", "generate", "hookspecs", "model", "pipeline", "plugins"),
+        *("presets", "training", "video_metrics"),
     },  # imported when they are used
     "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "terminal", "training"},
     "cli": {"__init__", "commands", "errors"},

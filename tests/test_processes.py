@@ -1,4 +1,4 @@
-"""Training in processes of its own: killed at any moment and resumed, and shared between two."""
+"""Training in separate processes: killed at any moment and resumed, and split between two processes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ import torch
 from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.config import Optimizer, TrainingConfig
 from ca2vdm_cli.errors import UsageError
-from ca2vdm_cli.training import sharding as zero
 from ca2vdm_cli.training.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
-from ca2vdm_cli.training.trainer import check_sharing
+from ca2vdm_cli.training.sharding import DeepSpeedSharding, make_sharding
 
 KILLED = -9
-# Kills the process, as ``kill -9`` does, at the n-th thing that saving does to the disk; files are left half written.
+# Kills the process (as ``kill -9`` does) at the n-th disk operation of saving; files are left half written.
 DRIVER = """
 import os, pathlib, signal, sys
-from ca2vdm_cli import run_folder
+from ca2vdm_cli.training import run_folder
 from ca2vdm_cli.__main__ import main
 
 left = int(sys.argv.pop(1))
@@ -53,7 +52,7 @@ pathlib.Path.rename = fatal(pathlib.Path.rename)
 pathlib.Path.replace = fatal(pathlib.Path.replace)
 sys.exit(main())
 """
-# FSDP between processes on CPUs, which accelerate does on GPUs only.
+# FSDP between CPU processes, which accelerate supports on GPUs only.
 FSDP_DRIVER = """
 import sys
 from accelerate.state import AcceleratorState, PartialState
@@ -79,14 +78,14 @@ SETTINGS = ["--set", "training.batch_size=4", "--set", "training.checkpoint_ever
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A trained autoencoder, so that the runs don't each train one."""
+    """A trained autoencoder, so that not every run trains one."""
     folder = tmp_path_factory.mktemp("autoencoder")
     assert run(*TRAIN, "--steps", "1", "--set", "training.autoencoder_steps=2", "--out", str(folder / "run")) == 0
     return ["--set", f"autoencoder_weights={folder / 'run' / 'autoencoder.safetensors'}"]
 
 
 def run(*arguments: str, kill: int = 0, processes: int = 1) -> int:
-    """The command's exit code, in a process of its own, or several, on one thread each."""
+    """Run the command in one or several new processes, on one thread each; returns its exit code."""
     return launch(*arguments, kill=kill, processes=processes).returncode
 
 
@@ -97,7 +96,7 @@ def launch(
     options: dict[str, str] | None = None,
     program: Sequence[str] = ("-m", "ca2vdm_cli"),
 ) -> subprocess.CompletedProcess[str]:
-    """The same with its output, with more in the environment, or as another program."""
+    """Like ``run``, but returns the finished process; with more environment variables, or another program."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(options or {})}
     command = [sys.executable, "-c", DRIVER, str(kill)]
     if processes > 1:
@@ -114,7 +113,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: Path, autoencoder: list[str]) -> None:
+def test_a_run_that_is_killed_repeatedly_ends_like_an_uninterrupted_one(tmp_path: Path, autoencoder: list[str]) -> None:
     settings = [*TRAIN, *SETTINGS, *autoencoder, "--steps", "4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(*settings, "--out", str(whole)) == 0
@@ -126,8 +125,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: 
         last, problems = RunFolder(parts).newest()
         begun = last is not None
         steps.append(last.step if last is not None else 0)
-        assert not problems, problems  # what is not whole has no name that anybody looks at
-    run(*again, "--out", str(parts), kill=4)  # a finished run is saved already, and stays so
+        assert not problems, problems  # an incomplete checkpoint has a name that is never read
+    run(*again, "--out", str(parts), kill=4)  # a finished run has been saved, and stays intact
     assert kills == 6 and steps == sorted(steps) and steps[-1] == 4, steps
     for file in (WEIGHTS_FILE, STATE_FILE):
         ours, theirs = (load_tensors(run / "checkpoints" / "step-00000004" / file)[0] for run in (parts, whole))
@@ -151,17 +150,17 @@ def test_two_processes_train_as_one_does(tmp_path: Path, autoencoder: list[str])
         assert sorted(path.name for path in output.parent.iterdir()) == [f"video-{k:02d}.npz" for k in range(3)]
     for k in range(3):
         ours, theirs = (np.load(tmp_path / name / f"video-{k:02d}.npz")["frames"] for name in ("shared", "alone"))
-        assert np.abs(ours.astype(int) - theirs).max() <= 1  # beside others in a batch, sums may round differently
+        assert np.abs(ours.astype(int) - theirs).max() <= 1  # in another batch size, sums may round differently
 
 
 def test_two_processes_share_weights_by_fsdp(tmp_path: Path, autoencoder: list[str]) -> None:
-    """Text and rollouts included, which need weights outside of a forward, from where one process has left off."""
+    """Including text and rollouts, which use weights outside ``forward``; continues a run of one process."""
     driver = tmp_path / "driver.py"
     driver.write_text(FSDP_DRIVER)
     options = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     settings = ["model.text_channels=16", "model.text_tokens=6", "training.parallel_chunks=true"]
     settings += ["training.prefix_lengths=[0]", "training.rollout_share=0.7", "training.rollout_steps=2"]
-    settings += ["training.learning_rate=3e-3"]  # so that branches that are zero at first soon are not
+    settings += ["training.learning_rate=3e-3"]  # so that branches that start at zero soon aren't
     command = [*TRAIN, *SETTINGS, *autoencoder, *(part for setting in settings for part in ("--set", setting))]
     keep = ["--set", "training.keep_checkpoints=4"]
     assert run(*command, *keep, "--steps", "4", "--out", str(tmp_path / "one")) == 0
@@ -180,13 +179,13 @@ def test_two_processes_share_weights_by_fsdp(tmp_path: Path, autoencoder: list[s
             apart = (ours[key] - value).abs()
             if key.endswith("exp_avg"):
                 assert float(apart.max()) <= 1e-3 * float(value.abs().max()), key
-            else:  # AdamW's steps magnify what little there is between the smallest gradients
+            else:  # AdamW magnifies the differences between the smallest gradients
                 assert float(apart.mean()) <= 1e-5, key
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: list[str]) -> None:
-    """Its run has the losses of one process, goes on to the bit, and either goes on from what the other has saved."""
+    """It has the losses of one process, resumes exactly, and either kind of run can resume the other's."""
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}))
     options = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
     options |= {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
@@ -220,30 +219,30 @@ def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: l
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"zero_optimization": {"stage": 3}}, "DeepSpeed: stage 3 of ZeRO is not supported"),
-        ({"zero_optimization": {}}, "DeepSpeed: stage None of ZeRO is not supported"),
-        ({"optimizer": {"type": "Adam"}}, "DeepSpeed: the optimizer is that of the preset"),
+        ({"zero_optimization": {"stage": 3}}, "DeepSpeed: ZeRO stage 3 is not supported"),
+        ({"zero_optimization": {}}, "DeepSpeed: ZeRO stage None is not supported"),
+        ({"optimizer": {"type": "Adam"}}, "DeepSpeed: the preset sets the optimizer"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "DeepSpeed: offload_optimizer"),
-        ({}, "DeepSpeed: it does not go with muon; training.optimizer=adamw"),
+        ({}, "DeepSpeed: it does not support muon; set training.optimizer=adamw"),
     ],
 )
-def test_what_deepspeed_can_not_do(settings: dict[str, Any], expected: str) -> None:
+def test_unsupported_settings_of_deepspeed(settings: dict[str, Any], expected: str) -> None:
     optimizer = Optimizer.ADAMW if settings else Optimizer.MUON
     settings = {"zero_optimization": {"stage": 2}, **settings}
     accelerator: Any = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
     with pytest.raises(UsageError, match=expected):
-        zero.configure(accelerator, TrainingConfig(optimizer=optimizer), share=1)
+        DeepSpeedSharding(accelerator).configure(TrainingConfig(optimizer=optimizer), share=1)
 
 
 @pytest.mark.parametrize(
     ("version", "units", "expected"),
-    [(1, None, "FSDP: its first version is not supported"), (2, 100, "FSDP: a block must stay whole")],
+    [(1, None, "FSDP: version 1 is not supported"), (2, 100, "FSDP: a block must stay whole")],
 )
-def test_what_fsdp_can_not_do(version: int, units: int | None, expected: str) -> None:
+def test_unsupported_settings_of_fsdp(version: int, units: int | None, expected: str) -> None:
     accelerator: Any = SimpleNamespace(
         distributed_type=SimpleNamespace(value="FSDP"),
         is_fsdp2=version == 2,
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(min_num_params=units)),
     )
     with pytest.raises(UsageError, match=expected):
-        check_sharing(accelerator)
+        make_sharding(accelerator)

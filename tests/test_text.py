@@ -33,6 +33,7 @@ from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
 from ca2vdm_cli.text_encoder import TextEncoder
+from ca2vdm_cli.training.batches import TrainingData
 from ca2vdm_cli.training.run_folder import RunFolder
 from ca2vdm_cli.training.trainer import Trainer
 from ca2vdm_cli.video_io import open_reader, open_writer
@@ -182,11 +183,12 @@ class Shrink(Autoencoder):
 def make_trainer(t5: Path) -> Callable[..., Trainer]:
     def make(*overrides: str, source: Any = None, encoded: bool = True, steps: int = 6) -> Trainer:
         text = [f"model.text_channels={CHANNELS}", f"model.text_tokens={TOKENS}", "model.learn_variance=false"]
+        text += [f"training.steps={steps}"]
         preset = load_preset("tiny", [*text, f"text.path={t5}", "training.learning_rate=3e-3", *overrides]).config
         accelerator = make_accelerator("cpu", preset.training.precision)
         assert preset.text is not None
         encoder = TextEncoder(preset.text, preset.model, CPU) if encoded else None
-        return Trainer(preset, source or Shades(), Shrink(), backends["sdpa"], accelerator, steps, text_encoder=encoder)
+        return Trainer(preset, TrainingData(source or Shades(), Shrink(), encoder), backends["sdpa"], accelerator)
 
     return make
 
@@ -200,7 +202,7 @@ def test_a_model_learns_to_follow_captions(make_trainer: Callable[..., Trainer])
     trainer = make_trainer(*settings, "diffusion.prediction=flow", "diffusion.beta_schedule=flow")
     for _ in range(150):
         trainer.train_step()
-    model, process, encoder = trainer.model.eval(), trainer.objective.process, trainer.text_encoder
+    model, process, encoder = trainer.model.eval(), trainer.objective.process, trainer.batches.data.text_encoder
     assert encoder is not None
 
     def shade(caption: str, guidance: float) -> list[float]:
@@ -243,7 +245,7 @@ def test_the_share_of_dropped_captions(make_trainer: Callable[..., Trainer], mon
             return stored
 
     trainer = make_trainer("training.batch_size=100", "training.text_dropout=0.3", "training.prefix_lengths=[0]")
-    monkeypatch.setattr(trainer, "text_encoder", Watching())
+    monkeypatch.setattr(trainer.batches.data, "text_encoder", Watching())
     losses(trainer, 3)
     assert len(dropped) == 300 and 60 < sum(dropped) < 120
 
@@ -266,7 +268,7 @@ def test_a_resumed_run_reads_the_same_captions(
     second = make_trainer(*settings)
     last, _ = RunFolder(tmp_path).newest()
     assert last is not None
-    second.resume(last)
+    second.state.load(last)
     assert resumed + losses(second, 3) == expected
 
 
@@ -379,4 +381,4 @@ def test_captions_without_an_encoder_are_reported(trained: Path, capsys: pytest.
     command = ["train", "--preset", "tiny", "--data", str(trained / "list.jsonl"), "--steps", "1", *RUN[:-1]]
     command += [part for setting in settings for part in ("--set", setting)]
     assert main([*command, "--out", str(trained / "without")]) == 0
-    assert "no text encoder: text.path names none; they are not learned from" in capsys.readouterr().err
+    assert "the preset names no text encoder; they are not used" in capsys.readouterr().err

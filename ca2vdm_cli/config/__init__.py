@@ -1,7 +1,7 @@
-"""What can be configured, and what each setting means.
+"""The configuration: every setting, its default and its meaning.
 
-Plain dataclasses that pydantic validates when they are made, so that an impossible combination fails here and not deep
-inside a run. Presets (``presets.py``) are read into them; nothing in this package imports torch.
+The sections are dataclasses that pydantic validates on creation, so an impossible combination of settings fails here
+and not in the middle of a run. ``presets.py`` reads YAML files into them. Nothing in this package imports torch.
 """
 
 from .data import (

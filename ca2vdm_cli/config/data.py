@@ -8,22 +8,22 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from .base import STRICT, Count
+from .base import STRICT, Count, require
 
 
 class Split(str, Enum):
-    """Which part of a data set is read."""
+    """Which part of a data set to read."""
 
     TRAIN = "train"
-    """What is meant for training; everything where the data set has no parts."""
+    """The training split; everything if the data set has no splits."""
     TEST = "test"
-    """What is meant for testing."""
+    """The test split."""
     ALL = "all"
     """Everything."""
 
 
 class Crop(str, Enum):
-    """How a training frame of another shape is brought to the model's."""
+    """How training frames of another shape are fitted to the model's."""
 
     STRETCH = "stretch"
     """The whole frame, distorted."""
@@ -32,84 +32,90 @@ class Crop(str, Enum):
     PAD = "pad"
     """The whole frame between black bars."""
     RANDOM = "random"
-    """As ``crop``, at a random place that is the same for all frames of a clip."""
+    """Like ``crop``, at a random place that is the same for all frames of a clip."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class VideoConfig:
-    """The pixels that go in and come out."""
+    """Format of the frames."""
 
     height: Count
     """Height of a frame in pixels."""
     width: Count
     """Width of a frame in pixels."""
     channels: Literal[1, 3] = 3
-    """1 for gray, 3 for RGB."""
+    """1 for grayscale, 3 for RGB."""
     fps: Annotated[float, Field(gt=0)] = 8.0
     """Frames per second of generated video."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class AutoencoderConfig:
-    """What turns frames into latents and back."""
+    """The autoencoder that converts between frames and latents."""
 
     kind: str = "none"
-    """Which autoencoder: none (the preset works on latents only), conv, lowpass, diffusers, or one of a plug-in."""
+    """The autoencoder: none (the preset works on latents only), conv, lowpass, diffusers, or one of a plug-in."""
     path: str | None = None
-    """diffusers: a local folder or a hub name."""
+    """diffusers: a local folder, or a name on the Hugging Face hub."""
     scale_factor: Annotated[float, Field(gt=0)] = 1.0
-    """Latents are multiplied by this so that their standard deviation is near 1 (0.18215 for the SD autoencoder)."""
+    """diffusers: factor that brings the latents' standard deviation near 1 (0.18215 for Stable Diffusion)."""
     downsample: Annotated[int, Field(ge=2)] = 8
-    """Pixels per latent pixel along each side (conv, lowpass: an even number)."""
+    """Pixels per latent pixel along each side; must be even for conv and lowpass."""
     base_channels: Count = 48
-    """conv, lowpass: width of the feature maps at twice the latents' size; at the latents' size they are twice as
-    wide."""
+    """conv, lowpass: channels of the feature maps at twice the latents' resolution; twice as many at the latents'
+    own."""
     latent_noise: Annotated[float, Field(ge=0)] = 0.15
-    """conv, lowpass: standard deviation of the noise on latents (whose own is 1) in training, so that the decoder
-    learns to forgive a diffusion model's errors."""
+    """conv, lowpass: standard deviation of the noise added to latents (whose own is 1) when training the decoder, so
+    that it tolerates a diffusion model's errors."""
 
     @model_validator(mode="after")
     def _check(self) -> AutoencoderConfig:
-        if self.kind in ("conv", "lowpass") and self.downsample % 2:
-            raise ValueError(f"downsample: {self.downsample} must be even for the {self.kind} autoencoder")
-        if self.kind == "diffusers" and self.path is None:
-            raise ValueError("path: the diffusers autoencoder needs a local folder or a hub name")
+        require(
+            self.kind not in ("conv", "lowpass") or self.downsample % 2 == 0,
+            f"downsample: {self.downsample} must be even for the {self.kind} autoencoder",
+        )
+        require(
+            self.kind != "diffusers" or self.path is not None,
+            "path: the diffusers autoencoder needs a local folder or a hub name",
+        )
         return self
 
 
 @dataclass(frozen=True, config=STRICT)
 class TextConfig:
-    """The T5 encoder that turns captions and prompts into embeddings (extra ``latent``)."""
+    """The T5 encoder of captions and prompts (needs the extra ``latent``)."""
 
     path: str
-    """A local folder or a hub name; its weights are safetensors."""
+    """A local folder, or a name on the Hugging Face hub; its weights must be safetensors."""
     encoder_folder: str = ""
-    """Folder of the encoder in it (``text_encoder`` in a pipeline of diffusers)."""
+    """Subfolder of the encoder (``text_encoder`` in a diffusers pipeline)."""
     tokenizer_folder: str = ""
-    """Folder of the tokenizer in it (``tokenizer`` in a pipeline of diffusers)."""
+    """Subfolder of the tokenizer (``tokenizer`` in a diffusers pipeline)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class SyntheticDataConfig:
-    """The moving-digits generator: handwritten digits that drift and bounce off the borders."""
+    """The moving-digits generator: handwritten digits that move and bounce off the borders."""
 
     digits: Count = 1
-    """Digits in a frame."""
+    """Number of digits in a frame."""
     images_per_class: Count = 10
-    """How many handwritten images of each class are used, of those shipped with the package."""
+    """How many of the shipped handwritten images to use of each class."""
     digit_size: Count = 28
-    """Side of a digit's image in pixels; the strokes' width grows with it."""
+    """Side of a digit's image in pixels; strokes widen in proportion."""
     min_speed: Annotated[float, Field(gt=0)] = 1.5
     """Slowest speed in pixels per frame."""
     max_speed: Annotated[float, Field(gt=0)] = 4.0
     """Fastest speed in pixels per frame."""
     directions: Annotated[int, Field(ge=0)] = 0
-    """How many directions digits move in, evenly spread, none along a border (4 are the diagonals); 0 for any."""
+    """Number of evenly spaced directions of movement, none parallel to a border (4: the diagonals); 0 for any."""
 
     @model_validator(mode="after")
     def _check(self) -> SyntheticDataConfig:
-        if self.max_speed < self.min_speed:
-            raise ValueError(f"max_speed: {self.max_speed} must be at least min_speed {self.min_speed}")
+        require(
+            self.max_speed >= self.min_speed,
+            f"max_speed: {self.max_speed} must be at least min_speed {self.min_speed}",
+        )
         return self
 
 
@@ -118,17 +124,17 @@ class DataConfig:
     """How clips are drawn from a data set."""
 
     format: str = "auto"
-    """How the data set lies on disk: auto (guessed from the files), videos, frames, ucf101, bair, moving-mnist, jsonl,
-    moving-digits (made by ``synthetic_data``), or the format of a plug-in's reader."""
+    """Format of the data set: auto (guessed from the files), videos, frames, ucf101, bair, moving-mnist, jsonl,
+    moving-digits (generated, see ``synthetic_data``), or that of a plug-in's reader."""
     split: Split = Split.TRAIN
-    """Which part of the data set is read."""
+    """Which part of the data set to read."""
     split_list: Literal[1, 2, 3] = 1
     """UCF-101: which of the three official train/test lists."""
     stride: Count = 1
-    """Frames of the video from one frame of a clip to the next."""
+    """Distance between consecutive frames of a clip, in frames of the video."""
     crop: Crop = Crop.STRETCH
-    """How a frame of another shape is brought to the model's; ``train --aspect`` overrides it."""
+    """How frames of another shape are fitted to the model's; ``train --aspect`` overrides it."""
     flip: bool = False
     """Mirror half of the clips, left to right."""
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
-    """Processes that make batches ahead, 0 for none; by default 2 where frames are decoded, else none."""
+    """Worker processes that prepare batches, 0 for none; by default 2 if frames have to be decoded, else 0."""

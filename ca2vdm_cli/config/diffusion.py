@@ -8,11 +8,11 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from .base import STRICT, Count
+from .base import STRICT, Count, require
 
 
 class Prediction(str, Enum):
-    """What the network's first C output channels stand for."""
+    """What the network's first C output channels are."""
 
     EPSILON = "epsilon"
     """The noise that was added (published)."""
@@ -35,55 +35,55 @@ class BetaSchedule(str, Enum):
 
 @dataclass(frozen=True, config=STRICT)
 class DiffusionConfig:
-    """The noise process that the model was trained with."""
+    """The noise process of training and sampling."""
 
     train_timesteps: Count = 1000
-    """Timesteps of the training process."""
+    """Number of timesteps in training."""
     beta_schedule: BetaSchedule = BetaSchedule.LINEAR
     """How noise grows over the timesteps."""
     prediction: Prediction = Prediction.EPSILON
     """What the network predicts."""
     prefix_noise: tuple[int, int] | None = None
-    """Perturb clean prefix frames with noise of a timestep drawn from this range, in training and sampling alike."""
+    """Add noise to clean prefix frames, at a timestep drawn from this range, in training and in sampling."""
     progressive_noise: Annotated[float, Field(ge=0)] = 0.0
-    """Correlate each frame's noise with that of the frame before in its chunk, by this alpha / sqrt(1 + alpha²)
-    (Ge et al. 2023), in training and sampling alike; 0 leaves frames independent."""
+    """Alpha of noise that is correlated between the frames of a chunk (Ge et al. 2023), in training and in sampling:
+    neighbors correlate by alpha / sqrt(1 + alpha²). 0 for independent noise."""
     unconditional_start: bool = False
-    """Whether the weights were trained to begin from an empty context; otherwise sampling asks for a first frame."""
+    """Whether the model is trained to start from an empty context; if not, sampling needs a first frame."""
 
     @property
     def flow(self) -> bool:
-        """Whether latents and noise are mixed along straight paths."""
+        """Whether this is flow matching: straight paths between latents and noise."""
         return self.beta_schedule is BetaSchedule.FLOW
 
     @model_validator(mode="after")
     def _check(self) -> DiffusionConfig:
-        if self.flow != (self.prediction is Prediction.FLOW):
-            raise ValueError(
-                f"prediction: {self.prediction.value} does not go with beta_schedule {self.beta_schedule.value}; flow "
-                "goes with flow, and the others with each other"
-            )
+        require(
+            self.flow == (self.prediction is Prediction.FLOW),
+            f"prediction: {self.prediction.value} does not go with beta_schedule {self.beta_schedule.value}; flow goes "
+            "with flow, and the others with each other",
+        )
         if self.prefix_noise is not None:
             low, high = self.prefix_noise
-            if not 0 <= low <= high < self.train_timesteps:
-                raise ValueError(
-                    f"prefix_noise: {[low, high]} must be two ascending timesteps from 0 to {self.train_timesteps - 1}"
-                )
+            require(
+                0 <= low <= high < self.train_timesteps,
+                f"prefix_noise: {[low, high]} must be two ascending timesteps from 0 to {self.train_timesteps - 1}",
+            )
         return self
 
 
 @dataclass(frozen=True, config=STRICT)
 class SamplingConfig:
-    """How the weights are best sampled."""
+    """Default settings of sampling."""
 
     sampler: str = "ancestral"
-    """Name of the sampler: ancestral, ddim, dpm++, log-snr, trailing, or a diffusers scheduler's class name."""
+    """The sampler: ancestral, ddim, dpm++, log-snr, trailing, a plug-in's, or a diffusers scheduler's class name."""
     steps: Count = 100
-    """Denoising steps N of a chunk."""
+    """N: denoising steps per chunk."""
     last_timestep: Annotated[int, Field(ge=0)] = 0
-    """dpm++ and log-snr: the cleanest timestep that the network is asked at; one step goes from there to the latents.
-    With few steps a noisier one than 0 leaves more of them for the noise in which is decided what is to be seen."""
+    """dpm++ and log-snr: timestep at which the last denoising step starts. When sampling with few steps, raise this so
+    that more of them fall at the high noise levels that determine content."""
     frames: Count = 32
-    """Frames that ``sample`` and ``extend`` make unless told otherwise."""
+    """Default number of frames of ``sample`` and ``extend``."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
-    """How strongly a prompt is followed (classifier-free guidance); 1 asks the model once a step, not twice."""
+    """Scale of classifier-free guidance by a prompt. 1 turns guidance off, and halves the cost of a step."""

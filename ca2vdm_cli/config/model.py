@@ -8,38 +8,38 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from .base import STRICT, Count
+from .base import STRICT, Count, require
 
 
 class TemporalPositions(str, Enum):
-    """How a frame's place in time enters temporal attention."""
+    """How temporal attention tells frames apart in time."""
 
     CYCLIC = "cyclic"
     """A table that wraps: frame f uses entry f modulo the table's length (the paper's choice)."""
     ROPE = "rope"
     """Rotary embedding of queries and keys at the frame number."""
     ABSOLUTE = "absolute"
-    """A table that does not wrap; the video cannot outgrow it."""
+    """A table that does not wrap; it limits the video's length."""
 
 
 class SpatialPrefix(str, Enum):
-    """What a noisy frame sees of the clean frames in prefix-enhanced spatial attention."""
+    """Which clean frames a noisy frame attends to in prefix-enhanced spatial attention."""
 
     PREV_FRAMES = "prev_frames_k"
-    """The tokens of the last ``spatial_prefix_frames`` clean frames; a clean frame sees its own tokens."""
+    """The last ``spatial_prefix_frames`` clean frames; a clean frame attends to itself only."""
     FIRST_FRAME = "first_frame"
-    """Every frame, clean or noisy, sees the first frame."""
+    """Every frame, clean or noisy, attends to the first frame."""
     NONE = "none"
     """The layer is absent."""
 
 
 class Causality(str, Enum):
-    """Who sees whom in temporal attention."""
+    """Which frames a frame attends to in temporal attention."""
 
     CAUSAL = "causal"
-    """A frame sees itself and earlier frames."""
+    """A frame attends to itself and earlier frames."""
     PARTIAL = "partial"
-    """Clean frames are causal; the noisy frames of one chunk also see each other."""
+    """Clean frames are causal; the noisy frames of a chunk also attend to each other."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -51,7 +51,7 @@ class ModelConfig:
     hidden_size: Count
     """Width D of a token."""
     num_heads: Count
-    """Attention heads; they divide ``hidden_size``."""
+    """Number of attention heads; must divide ``hidden_size``."""
     latent_height: Count
     """Height of a latent frame."""
     latent_width: Count
@@ -59,81 +59,86 @@ class ModelConfig:
     in_channels: Count = 4
     """Channels C of a latent frame."""
     patch_size: Count = 2
-    """Side of the square of latent pixels that becomes one token."""
+    """Side of the square of latent pixels that forms one token."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     """Width of the MLP's hidden layer, as a multiple of ``hidden_size``."""
     context_frames: Count = 25
-    """P_max: how many clean frames a chunk sees at most (the window, the capacity of the cache)."""
+    """P_max: the most clean frames that a chunk attends to (the window, and the cache's capacity)."""
     chunk_frames: Count = 8
-    """l: how many frames are denoised together."""
+    """l: number of frames that are denoised together."""
     sink_frames: Annotated[int, Field(ge=0)] = 0
-    """How many of the video's first frames are never evicted from the cache; they count against ``context_frames``."""
+    """The first frames of a video that are never evicted from the cache; they count against ``context_frames``."""
     temporal_positions: TemporalPositions = TemporalPositions.CYCLIC
-    """How frames are told apart in time."""
+    """How temporal attention tells frames apart in time."""
     position_table: Annotated[int, Field(ge=0)] = 0
     """Entries of the temporal position table; 0 means ``context_frames + chunk_frames``."""
     spatial_prefix: SpatialPrefix = SpatialPrefix.PREV_FRAMES
-    """What prefix-enhanced spatial attention looks at."""
+    """Which clean frames prefix-enhanced spatial attention attends to."""
     spatial_prefix_frames: Count = 3
-    """k: clean frames that prefix-enhanced spatial attention looks at (``prev_frames_k`` only)."""
+    """k: number of clean frames that prefix-enhanced spatial attention attends to (``prev_frames_k`` only)."""
     causality: Causality = Causality.CAUSAL
-    """Whether the noisy frames of a chunk see each other."""
+    """Whether the noisy frames of a chunk attend to each other."""
     mask_channel: bool = False
-    """Tell the first temporal attention which frames are clean through an extra input channel."""
+    """Mark clean frames for the first temporal attention by an extra input channel."""
     text_channels: Annotated[int, Field(ge=0)] = 0
-    """Width of the text encoder's embeddings; 0 leaves out text cross-attention."""
+    """Width of the text encoder's embeddings; 0 for a model without text cross-attention."""
     text_tokens: Annotated[int, Field(ge=0)] = 0
-    """Tokens of a caption, padding included."""
+    """Tokens per caption, padding included."""
     learn_variance: bool = True
-    """Predict C further channels that interpolate the variance of the ancestral sampler."""
+    """Predict C more channels, from which the ancestral sampler's variance is interpolated."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        def need(condition: bool, message: str) -> None:
-            if not condition:
-                raise ValueError(message)
+        self._check_sizes()
+        self._check_window()
+        self._check_positions()
+        require(
+            (self.text_channels > 0) == (self.text_tokens > 0),
+            f"text_tokens: {self.text_tokens} must be positive exactly when text_channels ({self.text_channels}) is",
+        )
+        return self
 
-        need(
+    def _check_sizes(self) -> None:
+        require(
             self.hidden_size % self.num_heads == 0,
             f"num_heads: {self.num_heads} must divide hidden_size {self.hidden_size}",
         )
-        need(
+        require(
             self.hidden_size % 4 == 0,
             f"hidden_size: {self.hidden_size} must be a multiple of 4 (2-D sin-cos positions)",
         )
         for side in ("latent_height", "latent_width"):
             size = getattr(self, side)
-            need(size % self.patch_size == 0, f"{side}: {size} must be a multiple of patch_size {self.patch_size}")
-        need(
+            require(size % self.patch_size == 0, f"{side}: {size} must be a multiple of patch_size {self.patch_size}")
+
+    def _check_window(self) -> None:
+        require(
             self.chunk_frames <= self.context_frames,
             f"chunk_frames: {self.chunk_frames} must be at most context_frames {self.context_frames}",
         )
-        need(
+        require(
             self.sink_frames <= self.context_frames - self.chunk_frames,
             f"sink_frames: {self.sink_frames} must be at most context_frames - chunk_frames = "
             f"{self.context_frames - self.chunk_frames}",
         )
-        need(
+        require(
             self.spatial_prefix is not SpatialPrefix.PREV_FRAMES
             or self.spatial_prefix_frames <= self.context_frames - self.sink_frames,
             f"spatial_prefix_frames: {self.spatial_prefix_frames} must be at most context_frames - sink_frames = "
             f"{self.context_frames - self.sink_frames}",
         )
-        need(
-            self.table_length >= self.context_frames + self.chunk_frames
-            or self.temporal_positions is TemporalPositions.ROPE,
-            f"position_table: {self.table_length} must hold context_frames + chunk_frames = "
-            f"{self.context_frames + self.chunk_frames} frames with {self.temporal_positions.value} positions",
+
+    def _check_positions(self) -> None:
+        rope = self.temporal_positions is TemporalPositions.ROPE
+        require(
+            rope or self.table_length >= self.window_frames,
+            f"position_table: {self.table_length} must hold context_frames + chunk_frames = {self.window_frames} "
+            f"frames with {self.temporal_positions.value} positions",
         )
-        need(
-            self.temporal_positions is not TemporalPositions.ROPE or self.head_size % 2 == 0,
+        require(
+            not rope or self.head_size % 2 == 0,
             f"num_heads: rope positions need an even head size, not {self.head_size}",
         )
-        need(
-            (self.text_channels > 0) == (self.text_tokens > 0),
-            f"text_tokens: {self.text_tokens} must be positive exactly when text_channels ({self.text_channels}) is",
-        )
-        return self
 
     @property
     def head_size(self) -> int:
@@ -142,7 +147,7 @@ class ModelConfig:
 
     @property
     def tokens_per_frame(self) -> int:
-        """S: tokens of one latent frame."""
+        """S: tokens per latent frame."""
         return (self.latent_height // self.patch_size) * (self.latent_width // self.patch_size)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from .base import STRICT
+from .base import STRICT, require
 from .data import AutoencoderConfig, DataConfig, SyntheticDataConfig, TextConfig, VideoConfig
 from .diffusion import DiffusionConfig, SamplingConfig
 from .model import ModelConfig, TemporalPositions
@@ -14,7 +14,7 @@ from .training import DistillationConfig, Optimizer, Trainable, TrainingConfig
 
 @dataclass(frozen=True, config=STRICT)
 class Preset:
-    """Everything that belongs to one set of weights: a model, its data, how it was trained and how to sample it."""
+    """Everything that belongs to one set of weights: the model, its data, and how to train and sample it."""
 
     description: str
     """One line for ``ca2vdm presets``."""
@@ -23,29 +23,29 @@ class Preset:
     diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
     """The noise process."""
     video: VideoConfig | None = None
-    """Pixels; absent for presets that work on latents only."""
+    """Format of the frames; null for presets that work on latents only."""
     autoencoder: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
-    """Between pixels and latents."""
+    """The autoencoder, which converts between frames and latents."""
     text: TextConfig | None = None
-    """The text encoder of a model with text; without it such a model has its stored unconditional caption only."""
+    """The text encoder; without it, a model with text has only its stored unconditional caption."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    """How to sample."""
+    """Default settings of sampling."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     """How to train."""
     distillation: DistillationConfig = Field(default_factory=DistillationConfig)
-    """How to make a few-step student of a trained model."""
+    """Distillation of a trained model into one that needs few steps."""
     synthetic_data: SyntheticDataConfig | None = None
-    """Training data made on the fly; without it ``train`` needs ``--data``."""
+    """Training data generated on the fly; if null, training needs a data set."""
     data: DataConfig = Field(default_factory=DataConfig)
     """How clips are drawn from a data set."""
     weights: str | None = None
-    """The model's safetensors file, beside the preset's own."""
+    """The model's weights: a safetensors file, relative to the preset's folder."""
     autoencoder_weights: str | None = None
-    """The safetensors file of a conv or lowpass autoencoder, beside the preset's own."""
+    """Weights of a conv or lowpass autoencoder: a safetensors file, relative to the preset's folder."""
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Prefix lengths that a training step draws from."""
+        """Prefix lengths, of which each training step draws one."""
         start, window, chunk = self.diffusion.unconditional_start, self.model.context_frames, self.model.chunk_frames
         if self.training.prefix_lengths:
             return self.training.prefix_lengths
@@ -56,97 +56,127 @@ class Preset:
 
     @property
     def clip_frames(self) -> int:
-        """Frames of the longest clip that training asks for: with parallel chunks up to a chunk after a full window."""
+        """Frames of the longest training clip: with parallel chunks, at least a full window and a chunk by default."""
         chunk, first = self.model.chunk_frames, min(self.prefixes)
         if not self.training.parallel_chunks:
             return self.model.window_frames
         frames = self.training.clip_frames or first - (first - self.model.window_frames) // chunk * chunk
-        if self.model.temporal_positions is TemporalPositions.ABSOLUTE:  # which a clip can't outgrow
+        if self.model.temporal_positions is TemporalPositions.ABSOLUTE:  # limit a clip's length
             return min(frames, first + (self.model.table_length - first) // chunk * chunk)
         return frames
 
     def chunks(self, prefix: int) -> int:
-        """Chunks that one forward trains after so many clean frames."""
+        """Number of chunks that one forward trains, the first after ``prefix`` clean frames."""
         if not self.training.parallel_chunks:
             return 1
         return max(1, (self.clip_frames - prefix) // self.model.chunk_frames)
 
+    @property
+    def trained_prefixes(self) -> tuple[int, ...]:
+        """Prefix lengths after which some chunk is trained: ``prefixes``, and those of a clip's later chunks."""
+        window, chunk = self.model.context_frames, self.model.chunk_frames
+        lengths = {min(window, p + j * chunk) for p in self.prefixes for j in range(self.chunks(p))}
+        return tuple(sorted(lengths))
+
     @model_validator(mode="after")
     def _check(self) -> Preset:
-        if (self.video is None) != (self.autoencoder.kind == "none"):
-            raise ValueError("video: needed exactly when autoencoder.kind is not none")
-        if self.video is not None and self.autoencoder.kind != "none":
-            for side in ("height", "width"):
-                pixels, latent = getattr(self.video, side), getattr(self.model, f"latent_{side}")
-                if pixels != latent * self.autoencoder.downsample:
-                    raise ValueError(
-                        f"video.{side}: {pixels} must be model.latent_{side} {latent} times "
-                        f"autoencoder.downsample {self.autoencoder.downsample} = {latent * self.autoencoder.downsample}"
-                    )
-        lowpass = self.autoencoder.kind == "lowpass"
-        if lowpass and self.video is not None and self.model.in_channels != self.video.channels:
-            raise ValueError(
-                f"model.in_channels: {self.model.in_channels} must be video.channels {self.video.channels} with the "
-                "lowpass autoencoder"
-            )
-        if self.text is not None and not self.model.text_channels:
-            raise ValueError("text: needs a model with text; set model.text_channels and model.text_tokens")
-        if self.synthetic_data is not None and self.video is None:
-            raise ValueError("synthetic_data: needs a video section")
-        if self.diffusion.flow and self.model.learn_variance:
-            raise ValueError("model.learn_variance: true needs a variance-preserving process, not beta_schedule flow")
-        prefixes = self.training.prefix_lengths or ()
-        if prefixes and 0 not in prefixes and self.diffusion.unconditional_start:
-            raise ValueError(
-                f"training.prefix_lengths: {list(prefixes)} must have 0, the empty context, when "
-                "diffusion.unconditional_start is true"
-            )
-        weights = self.training.prefix_weights
-        if weights is not None and (len(weights) != len(prefixes) or not sum(weights)):
-            raise ValueError(
-                f"training.prefix_weights: {list(weights)} must have one number for each of training.prefix_lengths "
-                f"{list(prefixes)}, and not be all 0"
-            )
-        for prefix in prefixes:
-            if prefix > self.model.context_frames:
-                raise ValueError(
-                    f"training.prefix_lengths: {prefix} must be at most model.context_frames = "
-                    f"{self.model.context_frames}"
-                )
-        if self.training.trainable is Trainable.LORA:
-            if self.training.lora_rank > self.model.hidden_size:
-                raise ValueError(
-                    f"training.lora_rank: {self.training.lora_rank} must be at most model.hidden_size "
-                    f"{self.model.hidden_size}"
-                )
-            if self.training.optimizer is Optimizer.MUON:
-                raise ValueError("training.optimizer: muon does not go with training.trainable lora; it takes adamw")
-        if self.training.rollout_share and not self.training.parallel_chunks:
-            raise ValueError(f"training.rollout_share: {self.training.rollout_share} needs training.parallel_chunks")
-        latest = self.diffusion.train_timesteps - self.sampling.steps
-        if self.sampling.last_timestep > max(0, latest):
-            raise ValueError(
-                f"sampling.last_timestep: {self.sampling.last_timestep} must be at most {latest}, to leave "
-                f"{self.sampling.steps} timesteps to sampling.steps"
-            )
-        if self.training.first_chunk_share and not self.training.parallel_chunks:
-            raise ValueError(
-                f"training.first_chunk_share: {self.training.first_chunk_share} needs training.parallel_chunks"
-            )
-        if self.distillation.teacher_steps > self.diffusion.train_timesteps:
-            raise ValueError(
-                f"distillation.teacher_steps: {self.distillation.teacher_steps} must be at most "
-                f"diffusion.train_timesteps {self.diffusion.train_timesteps}"
-            )
-        training, longest = self.training, max(self.prefixes) + self.model.chunk_frames
-        if training.clip_frames is not None and not training.parallel_chunks:
-            raise ValueError(f"training.clip_frames: {training.clip_frames} needs training.parallel_chunks")
-        if training.clip_frames is not None and training.clip_frames < longest:
-            raise ValueError(f"training.clip_frames: {training.clip_frames} must be at least {longest}, a whole chunk")
-        absolute = self.model.temporal_positions is TemporalPositions.ABSOLUTE
-        if absolute and training.clip_frames is not None and training.clip_frames > self.model.table_length:
-            raise ValueError(
-                f"training.clip_frames: {training.clip_frames} must be at most the {self.model.table_length} absolute "
-                "positions"
-            )
+        self._check_pixels()
+        self._check_prefixes()
+        self._check_optimizer()
+        self._check_sampling()
+        self._check_clips()
         return self
+
+    def _check_pixels(self) -> None:
+        """Video, autoencoder, text and data against the model and its noise process."""
+        model, video, autoencoder = self.model, self.video, self.autoencoder
+        require(
+            (video is None) == (autoencoder.kind == "none"), "video: needed exactly when autoencoder.kind is not none"
+        )
+        if video is not None:
+            for side in ("height", "width"):
+                pixels, latent = getattr(video, side), getattr(model, f"latent_{side}")
+                require(
+                    pixels == latent * autoencoder.downsample,
+                    f"video.{side}: {pixels} must be model.latent_{side} {latent} times "
+                    f"autoencoder.downsample {autoencoder.downsample} = {latent * autoencoder.downsample}",
+                )
+            require(
+                autoencoder.kind != "lowpass" or model.in_channels == video.channels,
+                f"model.in_channels: {model.in_channels} must be video.channels {video.channels} with the lowpass "
+                "autoencoder",
+            )
+        require(
+            self.text is None or model.text_channels > 0,
+            "text: needs a model with text; set model.text_channels and model.text_tokens",
+        )
+        require(self.synthetic_data is None or video is not None, "synthetic_data: needs a video section")
+        require(
+            not (self.diffusion.flow and model.learn_variance),
+            "model.learn_variance: true needs a variance-preserving process, not beta_schedule flow",
+        )
+
+    def _check_prefixes(self) -> None:
+        lengths, weights = self.training.prefix_lengths or (), self.training.prefix_weights
+        require(
+            not lengths or 0 in lengths or not self.diffusion.unconditional_start,
+            f"training.prefix_lengths: {list(lengths)} must have 0, the empty context, when "
+            "diffusion.unconditional_start is true",
+        )
+        require(
+            weights is None or (len(weights) == len(lengths) and sum(weights) > 0),
+            f"training.prefix_weights: {list(weights or ())} must have one number for each of training.prefix_lengths "
+            f"{list(lengths)}, and not be all 0",
+        )
+        for length in lengths:
+            require(
+                length <= self.model.context_frames,
+                f"training.prefix_lengths: {length} must be at most model.context_frames = {self.model.context_frames}",
+            )
+
+    def _check_optimizer(self) -> None:
+        training = self.training
+        if training.trainable is Trainable.LORA:
+            require(
+                training.lora_rank <= self.model.hidden_size,
+                f"training.lora_rank: {training.lora_rank} must be at most model.hidden_size {self.model.hidden_size}",
+            )
+            require(
+                training.optimizer is not Optimizer.MUON,
+                "training.optimizer: muon does not go with training.trainable lora; it takes adamw",
+            )
+
+    def _check_sampling(self) -> None:
+        """Timesteps of sampling and distillation."""
+        train_timesteps, steps = self.diffusion.train_timesteps, self.sampling.steps
+        latest = train_timesteps - steps
+        require(
+            self.sampling.last_timestep <= max(0, latest),
+            f"sampling.last_timestep: {self.sampling.last_timestep} must be at most {latest}, to leave {steps} "
+            "timesteps to sampling.steps",
+        )
+        require(
+            self.distillation.teacher_steps <= train_timesteps,
+            f"distillation.teacher_steps: {self.distillation.teacher_steps} must be at most "
+            f"diffusion.train_timesteps {train_timesteps}",
+        )
+
+    def _check_clips(self) -> None:
+        """Lengths of clips, and what needs ``training.parallel_chunks``."""
+        training = self.training
+        for key in ("rollout_share", "first_chunk_share", "clip_frames"):
+            value = getattr(training, key)
+            require(training.parallel_chunks or not value, f"training.{key}: {value} needs training.parallel_chunks")
+        if training.clip_frames is None:
+            return
+        shortest = max(self.prefixes) + self.model.chunk_frames
+        require(
+            training.clip_frames >= shortest,
+            f"training.clip_frames: {training.clip_frames} must be at least {shortest}, a whole chunk",
+        )
+        require(
+            self.model.temporal_positions is not TemporalPositions.ABSOLUTE
+            or training.clip_frames <= self.model.table_length,
+            f"training.clip_frames: {training.clip_frames} must be at most the {self.model.table_length} absolute "
+            "positions",
+        )

@@ -1,1 +1,1 @@
-"""Training: the loss, the trainer and everything that a run keeps on disk."""
+"""Training: the loss, the trainer, validation, and the run's folder on disk."""

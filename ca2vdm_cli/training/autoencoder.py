@@ -17,11 +17,11 @@ from ca2vdm_cli.config import TrainingConfig
 from ca2vdm_cli.data import ClipSource
 
 CROP_LATENTS = 5
-"""Side of a training crop in latent pixels."""
+"""Side of a training crop, in latent pixels."""
 DECODER_SHARE = 0.2
-"""Share of the steps that train the decoder alone, on whole frames, with the latents as they will be."""
+"""Share of the steps, the last ones, that train only the decoder, on whole frames and with the final latents."""
 WARMUP_STEPS = 50
-"""Steps over which the learning rate rises."""
+"""Steps over which the learning rate rises to its peak."""
 
 
 def train_autoencoder(
@@ -31,18 +31,20 @@ def train_autoencoder(
     seed: int = 0,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Train on crops of ``source``, fix the latents' mean and variance, then train the decoder alone on whole frames.
+    """Train on crops of ``source``, fix the latents' mean and variance, then train only the decoder on whole frames.
 
-    With a fixed encoder there is the second part only.
+    An autoencoder whose encoder has no weights is trained in the second way only.
 
     Args:
-        training: its ``autoencoder_*`` fields say how long, how fast and how many pictures a step.
-        seed: of the noise on latents; the order of the pictures is the source's own.
+        autoencoder: trained in place.
+        source: where the frames come from.
+        training: its ``autoencoder_*`` fields set steps, learning rate and batch size.
+        seed: seed of the noise on latents; the order of the frames is the source's own.
         progress: called after every step with the number of steps done and the loss.
     """
     side = CROP_LATENTS * autoencoder.downsample
-    fixed = not list(autoencoder.encoder.parameters())
-    joint_steps = 0 if fixed else round((1 - DECODER_SHARE) * training.autoencoder_steps)
+    fixed_encoder = not list(autoencoder.encoder.parameters())
+    joint_steps = 0 if fixed_encoder else round((1 - DECODER_SHARE) * training.autoencoder_steps)
     phases: tuple[tuple[int, int, nn.Module, Callable[[int], Tensor]], ...] = (
         (0, joint_steps, autoencoder.train(), lambda index: source.crop(index, side)),
         (joint_steps, training.autoencoder_steps, autoencoder.decoder, lambda index: source.clip(index, 1)[0]),
@@ -71,14 +73,14 @@ def train_autoencoder(
 
 
 def _warmup_and_cosine(step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step."""
+    """Learning rate at a step, as a share of the peak."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _loss(autoencoder: ConvAutoencoder, frames: Tensor, noise: torch.Generator) -> Tensor:
-    """Squared plus a fifth of the absolute error of (N, C, H, W) frames, reconstructed from perturbed latents."""
+    """Squared error plus 0.2 times the absolute error of (N, C, H, W) frames reconstructed from noisy latents."""
     frames = frames.to(next(autoencoder.parameters()).device)
-    latents = autoencoder.encode(frames)  # in training mode normalised with the batch's own mean and variance
+    latents = autoencoder.encode(frames)  # in training mode, normalized with the batch's mean and variance
     latents = latents + autoencoder.latent_noise * torch.randn(latents.shape, generator=noise).to(latents)
     error = autoencoder.reconstruct(latents) - frames
     return error.square().mean() + 0.2 * error.abs().mean()
@@ -86,7 +88,7 @@ def _loss(autoencoder: ConvAutoencoder, frames: Tensor, noise: torch.Generator) 
 
 @torch.no_grad()
 def _measure_latents(autoencoder: ConvAutoencoder, source: ClipSource, batches: int = 16, size: int = 64) -> None:
-    """Average the latents' mean and variance over whole frames (the batch norm has no momentum: it averages all)."""
+    """Average the latents' mean and variance over whole frames (a batch norm without momentum averages all batches)."""
     device = next(autoencoder.parameters()).device
     autoencoder.normalize.reset_running_stats()
     for start in range(0, batches * size, size):

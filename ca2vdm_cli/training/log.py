@@ -1,4 +1,4 @@
-"""Where training's numbers go: ``metrics.jsonl``, one line a step, and TensorBoard where it is installed."""
+"""Training's logs: ``metrics.jsonl``, one line per step, ``validation.jsonl``, and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ VALIDATION_FILE = "validation.jsonl"
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did, over all processes."""
+    """Results of one optimizer step, over all processes."""
 
     step: int
     """Steps done."""
     loss: float
     terms: dict[str, float]
-    """The loss's parts by name."""
+    """The loss's terms by name."""
     learning_rate: float
     gradient_norm: float
     prefix: int
     """Frames of clean prefix before the first chunk."""
     seconds: float
     data_seconds: float
-    """Of these, waiting for clips."""
+    """Part of ``seconds`` spent waiting for clips."""
     encode_seconds: float
-    """Of these, turning them into latents and their captions into embeddings."""
+    """Part of ``seconds`` spent encoding clips and captions."""
     frames: int
-    """Frames that the loss was on."""
+    """Frames that contributed to the loss."""
     memory_bytes: int
-    """Peak memory of this process so far; on a GPU, of its allocations."""
+    """Peak memory of this process so far; on a GPU, of PyTorch's allocations."""
 
 
 class TrainingLog:
-    """Writes what a run reports; nothing in processes other than the main one.
+    """Writes a run's reports.
 
     Args:
-        folder: the run's.
-        step: steps done before; later lines of an earlier attempt are dropped.
-        active: whether this process writes.
+        folder: the run's folder.
+        step: steps done; lines that a killed run wrote beyond that step are dropped.
+        active: whether this process writes; only the main process should.
     """
 
     def __init__(self, folder: RunFolder, step: int, *, active: bool = True) -> None:
@@ -62,13 +62,13 @@ class TrainingLog:
             self._board = _tensorboard(folder.path / TENSORBOARD, step)
 
     def step(self, report: StepReport) -> None:
-        """One step's numbers."""
+        """Log one step."""
         if self._file is None:
             return
         self._file.write(json.dumps(asdict(report)) + "\n")
         self._file.flush()
         if self._board is not None:
-            numbers = {
+            scalars = {
                 "loss": report.loss,
                 "learning_rate": report.learning_rate,
                 "gradient_norm": report.gradient_norm,
@@ -76,11 +76,11 @@ class TrainingLog:
                 "data_share": report.data_seconds / report.seconds,
                 **{f"loss/{name}": value for name, value in report.terms.items()},
             }
-            for name, value in numbers.items():
+            for name, value in scalars.items():
                 self._board.add_scalar(name, value, report.step)
 
     def validation(self, report: ValidationReport) -> None:
-        """One validation's numbers, and its contact sheet."""
+        """Log one validation and its contact sheet."""
         if self._file is None:
             return
         line: dict[str, Any] = {**asdict(report), "video": report.video.name, "sheet": report.sheet.name}
@@ -92,6 +92,9 @@ class TrainingLog:
                 self._board.add_scalar(f"validation/prefix_{prefix}", value, report.step)
             for level, value in report.by_level.items():
                 self._board.add_scalar(f"validation/noise_{level:g}", value, report.step)
+            for name in ("reconstruction", "continuation", "repeat_last_frame"):
+                for metric, value in getattr(report, name).items():
+                    self._board.add_scalar(f"validation/{name}/{metric}", value, report.step)
             picture = cv2.imread(str(report.sheet))
             if picture is not None:
                 self._board.add_image("validation/sheet", picture[:, :, ::-1], report.step, dataformats="HWC")

@@ -1,8 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2021): a frozen matrix W is used as W + alpha / rank · up · down.
 
-An adapter is a parametrisation of the weight itself. Layers around layers, as peft has them, would be passed by: an
-attention takes the rows of ``qkv.weight`` that it needs, and never calls ``qkv``. So whoever reads a weight reads the
-adapted one, and the merged weights under the published names are what the model says its weights are.
+An adapter is a parametrization of the weight itself, so that every reader of a weight gets the adapted one. Wrapper
+layers, as in peft, would be bypassed: attention takes the rows of ``qkv.weight`` that it needs and never calls ``qkv``.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 _INSIDE = ".parametrizations.weight."
-"""Between the name of an adapted layer and those of its parts: ``original``, its own weight, and the adapter's."""
+"""Separates an adapted layer's name from its parts: ``original``, the layer's own weight, and the adapter's."""
 _OWN = "original"
 
 
 class LowRank(nn.Module):
-    """Adds ``up`` (n, rank) times ``down`` (rank, m) to a weight (n, m); nothing at first, as ``up`` is zero."""
+    """Adds ``up`` (n, rank) times ``down`` (rank, m) to a weight (n, m). ``up`` starts at zero."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
@@ -34,7 +33,7 @@ class LowRank(nn.Module):
 
 
 def add_adapters(blocks: nn.Module, rank: int, alpha: float) -> None:
-    """Give every linear layer in ``blocks`` an adapter; those alone are trained from then on."""
+    """Give every linear layer in ``blocks`` an adapter, and freeze everything else in them."""
     blocks.requires_grad_(False)
     layers = [layer for layer in blocks.modules() if isinstance(layer, nn.Linear)]
     for layer in layers:
@@ -42,28 +41,28 @@ def add_adapters(blocks: nn.Module, rank: int, alpha: float) -> None:
 
 
 def merged(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with adapters merged, in the names of a model without them; without adapters it is the model's."""
+    """The state dict with adapters merged into the weights, under the names of a model without adapters."""
     state: dict[str, Tensor] = model.state_dict()
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for key, value in state.items():
         name, adapted, part = key.partition(_INSIDE)
         if not adapted:
-            found[key] = value
+            weights[key] = value
         elif part == _OWN:
             with torch.no_grad():
                 layer = model.get_submodule(name)
                 assert isinstance(layer.weight, Tensor)
-                found[f"{name}.weight"] = layer.weight
-    return found
+                weights[f"{name}.weight"] = layer.weight
+    return weights
 
 
 def split(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict that has ``weights``, named as ``merged`` does, under the model's adapters as they are."""
-    found = dict(weights)
+    """A state dict for the model: ``weights`` (named as by ``merged``) as own weights, and the current adapters."""
+    state = dict(weights)
     for key, value in model.state_dict().items():
         name, adapted, part = key.partition(_INSIDE)
         if adapted and part != _OWN:
-            found[key] = value
-        elif adapted and f"{name}.weight" in found:
-            found[key] = found.pop(f"{name}.weight")
-    return found
+            state[key] = value
+        elif adapted and f"{name}.weight" in state:
+            state[key] = state.pop(f"{name}.weight")
+    return state

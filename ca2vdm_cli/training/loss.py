@@ -20,55 +20,55 @@ from ca2vdm_cli.model.transformer import CausalVideoTransformer
 
 @dataclass(frozen=True)
 class Draw:
-    """The random numbers that a batch is trained with. Each clip has its own, whatever batch it is in."""
+    """The random numbers of a batch. Those of a clip don't depend on the batch that it is in."""
 
     timestep: Tensor
-    """(B, J) int64: of each noisy chunk."""
+    """(B, J) int64: timesteps of the noisy chunks."""
     noise: Tensor
-    """(B, C, J·l, h, w): of the noisy chunks."""
+    """(B, C, J·l, h, w): noise of the noisy chunks."""
     prefix_level: Tensor
-    """(B, P) int64: timesteps of the prefix's perturbation; (B, 0) without one."""
+    """(B, P) int64: timesteps of the noise on clean frames; (B, 0) if they get none."""
     prefix_noise: Tensor
-    """(B, C, P, h, w), or with no frames."""
+    """(B, C, P, h, w): noise on clean frames; P is 0 if they get none."""
     offset: Tensor
-    """(B, 1) in [0, 1): where a full clip starts in the table of positions, as a share of the places it can."""
+    """(B, 1) in [0, 1): where a full clip starts in the position table, as a share of the possible starts."""
 
     def to(self, device: torch.device) -> Draw:
-        """A copy on a device; timesteps stay on the CPU, where their table is."""
+        """A copy on a device; timesteps stay on the CPU, like the tables that they index."""
         return replace(self, noise=self.noise.to(device), prefix_noise=self.prefix_noise.to(device))
 
     @classmethod
     def stack(cls, draws: Sequence[Draw]) -> Draw:
-        """The draws of several batches as those of one."""
+        """Concatenate the draws of several batches."""
         return cls(*(torch.cat([getattr(draw, field.name) for draw in draws]) for field in fields(cls)))
 
 
 Predict = Callable[[CausalVideoTransformer, Tensor, Tensor], Tensor]
-"""A network's output at noisy chunks (B*J, C, l, h, w) with timesteps (B*J,), in the context of this batch."""
+"""A network's output for noisy chunks (B*J, C, l, h, w) with timesteps (B*J,), in the context of this batch."""
 
 
 class Objective(nn.Module):
-    """What training minimises, as one module: the network and the loss on top of it. Wrap it whole (DDP, FSDP).
+    """What training minimizes: the network with its loss, as one module, which DDP and FSDP wrap as a whole.
 
     Args:
         model: the network.
         process: its noise process.
-        training: timestep shift and the variance term's weight.
+        training: sets the timestep shift and the weight of the variance term.
     """
 
     _no_split_modules = ("Block",)
-    """What FSDP gathers at once, as accelerate reads it."""
+    """Units of FSDP, as read by accelerate."""
 
     def __init__(self, model: CausalVideoTransformer, process: NoiseProcess, training: TrainingConfig) -> None:
         super().__init__()
         self.model, self.process, self.training_config = model, process, training
 
     def run(self, function: Callable[[], Tensor]) -> Tensor:
-        """Call a function that asks the network outside of ``forward``; FSDP gathers weights for this and that only."""
+        """Call a function that uses the network outside ``forward``; FSDP gathers weights in these two methods only."""
         return function()
 
     def clean_frames(self, prefix: int, chunks: int) -> int:
-        """Frames that are fed clean: all but the last chunk's."""
+        """Number of clean input frames: all but those of the last chunk."""
         return prefix + (chunks - 1) * self.model.config.chunk_frames
 
     def draw(self, prefix: int, chunks: int, generator: torch.Generator | None = None) -> Draw:
@@ -83,7 +83,7 @@ class Objective(nn.Module):
         return Draw(timestep[None], noise[None], level[None], prefix_noise[None], offset[None])
 
     def target(self, latents: Tensor, noise: Tensor, x: Tensor, timestep: Tensor, ask: Predict) -> Tensor:
-        """What the network should predict at x, all (B*J, C, l, h, w) with timesteps (B*J,)."""
+        """What the network should predict for x; all (B*J, C, l, h, w) with timesteps (B*J,)."""
         return self.process.target(latents, noise, timestep)
 
     def forward(
@@ -97,15 +97,15 @@ class Objective(nn.Module):
         """The loss on a batch.
 
         Args:
-            clip: latents (B, C, T, h, w), T at least P + J·l; what is beyond is left out.
+            clip: latents (B, C, T, h, w), T at least P + J·l; further frames are ignored.
             prefix: P, clean frames before the first chunk; clean frames carry timestep 0.
-            draw: its timesteps say how many chunks are trained, J. Each is conditioned on the clean frames before it
-                and noised to a timestep of its own, and all share one pass over the clean frames.
+            draw: random numbers of J chunks. Each chunk is conditioned on the clean frames before it and noised to its
+                own timestep; all share one pass over the clean frames.
             text: embedding (B, M, text_channels) and mask (B, M) for models with text.
-            context: what is fed as clean frames (B, C, P + (J-1)·l, h, w) instead of the clip's own.
+            context: clean input frames (B, C, P + (J-1)·l, h, w) to use instead of the clip's.
 
         Returns:
-            The loss, mean over the chunks, and its terms by name, (B, J) each and detached.
+            The loss (mean over the chunks), and its terms by name, detached, (B, J) each.
         """
         config, process = self.model.config, self.process
         batch, chunks = draw.timestep.shape
@@ -123,8 +123,8 @@ class Objective(nn.Module):
         else:
             plan = self.model.parallel_plan(prefix, chunks, window)
         rotary = config.temporal_positions is TemporalPositions.ROPE
-        if frames >= window.slots and not rotary and not window.sink_frames:  # sinks keep their entries
-            # full clips start anywhere: in a table that wraps at every entry, in one that does not where they still fit
+        if frames >= window.slots and not rotary and not window.sink_frames:  # sinks keep their positions
+            # full clips start anywhere in a table that wraps, and wherever they fit in one that does not
             cyclic = config.temporal_positions is TemporalPositions.CYCLIC
             starts = window.table if cyclic else window.table - frames + 1
             offset = (draw.offset * starts).long().to(clip.device)
@@ -150,5 +150,5 @@ class Objective(nn.Module):
 
 
 def _by_chunk(x: Tensor, chunks: int) -> Tensor:
-    """(B, C, J*l, h, w) -> (B*J, C, l, h, w): every chunk is noised and judged on its own."""
+    """(B, C, J*l, h, w) -> (B*J, C, l, h, w)."""
     return x.unflatten(2, (chunks, -1)).transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What turns gradients into steps: AdamW, or Muon for the matrices of the blocks."""
+"""Optimizers (AdamW, or Muon for the matrices of the blocks) and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -8,15 +8,28 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ca2vdm_cli.config import Optimizer, TrainingConfig
+from ca2vdm_cli.config import Optimizer, Schedule, TrainingConfig
 from ca2vdm_cli.runtime import native_bfloat16
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of the Newton-Schulz iteration, steep at 0 (Jordan et al. 2024)."""
 
+RATES = {"adamw": "learning_rate", "muon": "muon_learning_rate"}
+"""The setting of each optimizer's peak learning rate."""
+
+
+def learning_rate_share(step: int, training: TrainingConfig) -> float:
+    """Learning rate of step number ``step`` (from 0), as a share of the peak."""
+    if step < training.warmup_steps:
+        return (step + 1) / training.warmup_steps
+    if training.schedule is Schedule.COSINE:
+        progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return 1.0
+
 
 def make_optimizers(model: nn.Module, training: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the others, by name."""
+    """By name: AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if training.optimizer is Optimizer.MUON:
@@ -34,16 +47,16 @@ def make_optimizers(model: nn.Module, training: TrainingConfig) -> dict[str, tor
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal (Jordan et al. 2024), in steps of AdamW's size (Liu et al. 2025).
+    """Orthogonalized momentum for matrices (Jordan et al. 2024), scaled to AdamW's step size (Liu et al. 2025).
 
-    It does what ``torch.optim.Muon`` does with ``adjust_lr_fn="match_rms_adamw"``, but multiplies in bfloat16 only
-    where the device does so natively: elsewhere that takes some fifty times as long as float32.
+    Equals ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, except that it multiplies in bfloat16 only on
+    devices with native support; on others bfloat16 is about fifty times slower than float32.
 
     Args:
         parameters: matrices.
         lr: learning rate.
-        weight_decay: decoupled, times the learning rate.
-        momentum: of the gradient's average, applied ahead (Nesterov).
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        momentum: decay of the gradient's moving average (Nesterov momentum).
     """
 
     def __init__(
@@ -52,8 +65,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(parameters), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # there is no closure here
-        """One step on the gradients as they are."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is supported
+        """Update the parameters from their current gradients."""
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
             for parameter in group["params"]:
@@ -70,7 +83,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About U·Vᵀ of a matrix U·S·Vᵀ (n, m): its singular values are brought near 1, by products alone."""
+    """Approximately U·Vᵀ for a matrix U·S·Vᵀ (n, m): products alone bring its singular values close to 1."""
     x = matrix.bfloat16() if native_bfloat16(matrix.device) else matrix.float()
     tall = x.shape[0] > x.shape[1]
     if tall:

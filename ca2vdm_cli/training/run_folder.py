@@ -1,15 +1,15 @@
-"""A training run on disk: numbered checkpoints of which the last few are kept, and the averaged weights for sampling.
+"""A training run on disk: the last few checkpoints, and the newest averaged weights for sampling.
 
-    RUN/preset.yaml              what is trained, and how: ``ca2vdm sample --preset RUN`` needs nothing else
+    RUN/preset.yaml              all settings; ``ca2vdm sample --preset RUN`` needs no others
     RUN/ema.safetensors          the newest averaged weights
-    RUN/autoencoder.safetensors  for the conv autoencoder
-    RUN/metrics.jsonl            one line a step; validation.jsonl, one a validation
+    RUN/autoencoder.safetensors  weights of the conv or lowpass autoencoder
+    RUN/metrics.jsonl            one line per step; validation.jsonl: one line per validation
     RUN/validation/              videos and contact sheets from fixed seeds
-    RUN/tensorboard/             the same numbers for TensorBoard
+    RUN/tensorboard/             the same values for TensorBoard
     RUN/checkpoints/step-00000500/{ema,state}.safetensors, checkpoint.json
 
-A checkpoint is written under another name and renamed when it is whole and on the disk, so a run can be killed at any
-moment. ``checkpoint.json`` has the files' sizes and SHA-256, so that a damaged one is noticed.
+A checkpoint is written under a temporary name and renamed once it is complete and on disk, so a run can be killed at
+any moment. ``checkpoint.json`` has the files' sizes and SHA-256, so that damage is detected.
 """
 
 from __future__ import annotations
@@ -35,31 +35,32 @@ AUTOENCODER_FILE = "autoencoder.safetensors"
 METRICS_FILE = "metrics.jsonl"
 MANIFEST_FILE = "checkpoint.json"
 CHECKPOINTS = "checkpoints"
+VALIDATION_FOLDER = "validation"
 _NAME = re.compile(r"step-([0-9]{8,12})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint."""
+    """A complete checkpoint."""
 
     folder: Path
     step: int
     """Steps done."""
     facts: dict[str, str]
-    """What the run remembers beside tensors: its seed, where its data come from."""
+    """What the run remembers besides tensors: its seed and the source of its data."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """All tensors of one of its files."""
         tensors, _ = load_tensors(self.folder / name)
-        return {key: value.clone() for key, value in tensors.items()}  # not of the file, which will be removed
+        return {key: value.clone() for key, value in tensors.items()}  # a copy, because the file will be removed
 
 
 class RunFolder:
     """The folder of one training run.
 
     Args:
-        path: the folder, made when something is written.
-        keep: how many checkpoints stay.
+        path: the folder; created when something is written.
+        keep: how many of the newest checkpoints to keep.
     """
 
     def __init__(self, path: Path, keep: int = 2) -> None:
@@ -67,36 +68,38 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a checkpoint, whole or not."""
+        """Whether there is any checkpoint, complete or damaged."""
         return bool(self._numbered())
 
     def save(self, step: int, facts: dict[str, str], files: dict[str, dict[str, Tensor]]) -> None:
-        """Write the checkpoint of a step, publish its averaged weights, and remove the oldest beyond ``keep``.
+        """Write a checkpoint, publish its averaged weights, and remove all but the newest ``keep`` checkpoints.
 
         Args:
+            step: steps done.
+            facts: what the run remembers besides tensors.
             files: tensors by file name; ``WEIGHTS_FILE`` must be among them.
 
         Raises:
-            UserError: it can't be written; what was there before still is.
+            UserError: it can't be written; earlier checkpoints are left as they were.
         """
         final = self.path / CHECKPOINTS / f"step-{step:08d}"
         with suppress(UserError):
             self._read(final)
-            self.publish(final)  # saved already, and whole
+            self.publish(final)  # saved already, and complete
             return
         partial = final.with_name(f".{final.name}.partial")
         with _one_line(final):
             for leftover in final.parent.glob(".step-*"):  # of runs that were killed
                 shutil.rmtree(leftover)
             partial.mkdir(parents=True)
-        listed = {}
+        file_facts = {}
         for name, tensors in files.items():
             save_tensors(partial / name, tensors, {"step": str(step)})
             with _one_line(final):
                 _to_disk(partial / name)
-                listed[name] = {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
+                file_facts[name] = {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
         with _one_line(final):
-            manifest = {"step": step, "facts": facts, "files": listed}
+            manifest = {"step": step, "facts": facts, "files": file_facts}
             (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (partial / MANIFEST_FILE, partial):
                 _to_disk(path)
@@ -105,13 +108,15 @@ class RunFolder:
             partial.rename(final)
             _to_disk(final.parent)
             self.publish(final)
-            later = [folder for folder in self._numbered() if _number(folder) > step]  # damaged, or of a run given up
+            later = [
+                folder for folder in self._numbered() if _number(folder) > step
+            ]  # damaged, or from an abandoned run
             before = [folder for folder in self._numbered() if _number(folder) <= step]
             for leftover in (*final.parent.glob(".step-*"), *later, *before[self.keep :]):
                 shutil.rmtree(leftover)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest whole checkpoint, and a line on each newer one that is damaged."""
+        """The newest complete checkpoint, and one line for each newer one that is damaged."""
         problems: list[str] = []
         for folder in self._numbered():
             try:
@@ -121,22 +126,22 @@ class RunFolder:
         return None, problems
 
     def drop_lines_after(self, name: str, step: int) -> None:
-        """Drop lines of a log beyond ``step``: what a killed run did after its last checkpoint."""
+        """Drop the lines of a log beyond ``step``, which a killed run wrote after its last checkpoint."""
         path = self.path / name
         with _one_line(path):
             self.path.mkdir(parents=True, exist_ok=True)
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-            kept = [line for line in lines if _step_of(line) <= step]
-            if kept == lines:
+            remaining = [line for line in lines if _step_of(line) <= step]
+            if remaining == lines:
                 return
             temporary = path.with_name(f".{path.name}.partial")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(f"{line}\n" for line in remaining), encoding="utf-8")
             temporary.replace(path)
 
     def _numbered(self) -> list[Path]:
         """Checkpoint folders, newest first."""
-        found = (self.path / CHECKPOINTS).glob("step-*")
-        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_number, reverse=True)
+        folders = (self.path / CHECKPOINTS).glob("step-*")
+        return sorted((path for path in folders if _NAME.fullmatch(path.name)), key=_number, reverse=True)
 
     def _read(self, folder: Path) -> Checkpoint:
         try:
@@ -146,21 +151,21 @@ class RunFolder:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             raise UserError(f"{folder}: its {MANIFEST_FILE} is missing or damaged") from None
         if step != _number(folder) or not {WEIGHTS_FILE, STATE_FILE} <= files.keys():
-            raise UserError(f"{folder}: its {MANIFEST_FILE} is of another checkpoint")
+            raise UserError(f"{folder}: its {MANIFEST_FILE} belongs to another checkpoint")
         for name, (size, digest) in files.items():
             path = folder / name
             if Path(name).name != name or not path.is_file():
                 raise UserError(f"{folder}: {name} is missing")
             try:
-                whole = path.stat().st_size == size and _digest(path) == digest
+                intact = path.stat().st_size == size and _digest(path) == digest
             except OSError as error:
                 raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-            if not whole:
-                raise UserError(f"{path}: damaged (not the bytes that were written)")
+            if not intact:
+                raise UserError(f"{path}: damaged (its content differs from what was written)")
         return Checkpoint(folder, step, facts)
 
     def publish(self, checkpoint: Path) -> None:
-        """Put a checkpoint's averaged weights where ``sample`` looks for them, at once."""
+        """Atomically put a checkpoint's averaged weights where sampling looks for them."""
         weights = checkpoint / WEIGHTS_FILE
         temporary = self.path / f".{WEIGHTS_FILE}.{os.getpid()}.partial"
         temporary.unlink(missing_ok=True)
@@ -169,7 +174,7 @@ class RunFolder:
         except OSError:  # a file system without hard links
             shutil.copyfile(weights, temporary)
         temporary.replace(self.path / WEIGHTS_FILE)
-        temporary.unlink(missing_ok=True)  # where both were links to one file already, nothing was replaced
+        temporary.unlink(missing_ok=True)  # if both were links to the same file, replace() did nothing
 
 
 def _number(folder: Path) -> int:
@@ -177,7 +182,7 @@ def _number(folder: Path) -> int:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; endless for half a line, which a killed run may leave."""
+    """The step of a log line; infinity for half a line, which a killed run may leave."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
@@ -193,10 +198,10 @@ def _digest(path: Path) -> str:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut."""
+    """Flush a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems can't for folders
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems can't flush folders
             os.fsync(handle)
     finally:
         os.close(handle)

@@ -57,7 +57,7 @@ def test_training_on_videos(report: Report, make: Make) -> None:
 def test_resumed_training_ends_where_an_uninterrupted_one_does(refused: Refused) -> None:
     assert ca2vdm(*TRAIN, "--steps", 4, "--seed", 5, "--out", "whole", "-q") == 0
     assert ca2vdm(*TRAIN, "--steps", 2, "--seed", 5, "--out", "parts", "-q") == 0
-    assert "go on with --resume" in refused(2, *TRAIN, "--steps", 4, "--out", "parts")
+    assert "already holds a run; resume it" in refused(2, *TRAIN, "--steps", 4, "--out", "parts")
     preset = Path("parts/preset.yaml").read_text()
     resume = ["train", *RUN, "--steps", 4, "--out", "parts", "--resume"]
     assert "has seed 5" in refused(2, *resume, "--seed", 0)
@@ -70,7 +70,7 @@ def test_resumed_training_ends_where_an_uninterrupted_one_does(refused: Refused)
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
-def test_resumed_training_goes_on_with_its_own_data(report: Report) -> None:
+def test_resumed_training_uses_its_own_data(report: Report) -> None:
     save("clip.mp4", clip(20))
     for run, steps in (("whole", [4]), ("parts", [2, 4])):
         for part in steps:
@@ -88,7 +88,7 @@ def test_a_runs_folder_brings_its_own_preset(weights: Path, refused: Refused) ->
 
 
 @pytest.mark.parametrize("metadata", [{}, {"seed": "x"}])
-def test_a_training_state_that_is_none(refused: Refused, metadata: dict[str, str]) -> None:
+def test_a_checkpoint_that_is_no_training_state(refused: Refused, metadata: dict[str, str]) -> None:
     tensors = {"a": torch.zeros(1)}
     RunFolder(Path("run")).save(1, metadata, {WEIGHTS_FILE: tensors, STATE_FILE: tensors})
     assert "not a training run's checkpoint" in refused(
@@ -141,7 +141,7 @@ def test_finished_training_has_nothing_to_resume(capsys: pytest.CaptureFixture[s
     assert "run is at step 1 already; ask for more with --steps" in capsys.readouterr().err
 
 
-def test_interrupted_training_says_how_to_go_on(
+def test_interrupted_training_says_how_to_resume(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Trainer.train_step
@@ -185,7 +185,7 @@ def test_no_usable_data(refused: Refused, videos: list[str]) -> None:
 def test_distilling_a_run_gives_a_preset_of_few_steps(weights: Path, refused: Refused) -> None:
     settings = ["--set", "distillation.steps=2", "--set", "distillation.teacher_steps=4"]
     request = ["train", *RUN, "--distill", weights, "--steps", 2, "--out", "student", "-q", *settings]
-    assert "it takes v or flow" in refused(2, *request)
+    assert "must be v or flow" in refused(2, *request)
     assert ca2vdm(*request, "--set", "diffusion.prediction=v") == 0
     assert ca2vdm("train", *RUN, "--resume", "--steps", 3, "--out", "student", "-q") == 0
     begun = ["--checkpoint", weights / WEIGHTS_FILE, "--set", "diffusion.prediction=v"]
@@ -199,9 +199,9 @@ def test_distilling_a_run_gives_a_preset_of_few_steps(weights: Path, refused: Re
 
 
 @pytest.mark.parametrize("part", ["temporal", "lora"])
-def test_part_of_a_model_needs_weights_to_begin_from(part: str, refused: Refused) -> None:
+def test_part_of_a_model_needs_weights_to_start_from(part: str, refused: Refused) -> None:
     line = refused(2, *TRAIN, "--set", f"training.trainable={part}", "--steps", 1, "--out", "run")
-    assert f"training.trainable: {part} needs weights to begin from; name them with --checkpoint" in line
+    assert f"training.trainable: {part} needs weights to start from; give a checkpoint" in line
 
 
 def test_a_fine_tuned_model_is_sampled_as_any_other(weights: Path, make: Make) -> None:
@@ -212,7 +212,7 @@ def test_a_fine_tuned_model_is_sampled_as_any_other(weights: Path, make: Make) -
     assert max(apart(load("tuned.npz"), make("sample", "--frames", 8))) > 0
 
 
-def test_validation_goes_on_with_its_own_data() -> None:
+def test_resumed_validation_uses_its_own_data() -> None:
     save("clip.mp4", clip(20))
     save("held-out/other.mp4", clip(20, 32, 40))
     often = ["--set", "training.validate_every=1", "--set", "training.validation_clips=1"]
@@ -225,7 +225,7 @@ def test_validation_goes_on_with_its_own_data() -> None:
     assert [line["step"] for line in lines] == [1, 2] and set(lines[0]["by_prefix"]) == {"0", "1", "4", "5", "9"}
 
 
-def test_checking_data_reads_and_trains_nothing(report: Report) -> None:
+def test_checking_data_trains_nothing(report: Report) -> None:
     save("videos/one.mp4", clip(20))
     save("videos/short.mp4", clip(3))
     result = report("train", "--preset", "tiny", "--data", "videos", "--check-data")
@@ -233,15 +233,15 @@ def test_checking_data_reads_and_trains_nothing(report: Report) -> None:
     assert not Path("runs").exists()
 
 
-def test_latents_are_kept_and_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_latents_are_cached_and_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
     save("clip.mp4", clip(20))
     request = [*TRAIN, "--data", "clip.mp4", "--cache-latents", "latents", "--steps", 1]
     assert ca2vdm(*request, "--out", "first") == 0
-    assert "of 1 videos made, of 0 found there" in capsys.readouterr().err
+    assert "encoded 1 videos, reused the latents of 0" in capsys.readouterr().err
     assert len(list(Path("latents").glob("*.safetensors"))) == 1
     trained = ["--set", "autoencoder_weights=" + str(Path("first/autoencoder.safetensors").resolve())]
     assert ca2vdm(*request, "--out", "second", *trained) == 0
-    assert "of 0 videos made, of 1 found there" in capsys.readouterr().err
+    assert "encoded 0 videos, reused the latents of 1" in capsys.readouterr().err
     assert ca2vdm(*request, "--out", "third", "--seed", 3) == 0  # an autoencoder of its own
     text = capsys.readouterr().err
-    assert "stale" in text and "of 1 videos made, of 0 found there" in text
+    assert "stale" in text and "encoded 1 videos, reused the latents of 0" in text

@@ -23,6 +23,7 @@ from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
+from ca2vdm_cli.training.batches import TrainingData
 from ca2vdm_cli.training.rollout import self_forcing_rollout
 from ca2vdm_cli.training.trainer import Trainer
 
@@ -91,21 +92,21 @@ def test_a_weaker_rollout_keeps_more_of_the_true_chunk(make_config: Callable[...
 def trainer_with(share: float, *overrides: str) -> Trainer:
     """A trainer with this share of rollouts."""
     settings = ["training.parallel_chunks=true", "training.clip_frames=17", f"training.rollout_share={share}"]
-    settings += ["training.rollout_steps=2", "training.prefix_lengths=[0]"]
+    settings += ["training.rollout_steps=2", "training.prefix_lengths=[0]", "training.steps=5"]
     preset = load_preset("tiny", [*settings, *overrides]).config
     assert preset.synthetic_data is not None and preset.video is not None
     torch.manual_seed(0)
     autoencoder = load_autoencoder(preset.autoencoder, preset.video, preset.model.in_channels)
     source = MovingDigits(preset.synthetic_data, preset.video, seed=0)
     accelerator = make_accelerator("cpu", preset.training.precision)
-    return Trainer(preset, source, autoencoder, backends["sdpa"], accelerator, steps=5)
+    return Trainer(preset, TrainingData(source, autoencoder), backends["sdpa"], accelerator)
 
 
 def test_training_on_rollouts_is_reproducible_and_changes_the_weights() -> None:
     def weights(share: float) -> tuple[dict[str, Tensor], float]:
         trainer = trainer_with(share)
         losses = [trainer.train_step().loss for _ in range(5)]  # a new model's branches are zero at first
-        return trainer.averaged_weights(), losses[-1]
+        return trainer.state.averaged_weights(), losses[-1]
 
     (first, loss), (again, same), (true, other) = weights(1.0), weights(1.0), weights(0.0)
     assert loss == same != other

@@ -1,4 +1,4 @@
-"""A run's folder: whole checkpoints only, the last few, and a damaged one is noticed."""
+"""A run's folder: it keeps the newest checkpoints, writes them atomically, and detects damage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def files(step: int) -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    """A run with checkpoints of the steps 2 and 3, and one of step 1 that is gone."""
+    """A run with checkpoints of steps 2 and 3; that of step 1 was removed."""
     folder = RunFolder(tmp_path / "run", keep=2)
     assert folder.newest() == (None, []) and not folder.begun
     for step in (1, 2, 3):
@@ -32,7 +32,7 @@ def names(folder: RunFolder) -> list[str]:
     return sorted(path.name for path in (folder.path / "checkpoints").iterdir())
 
 
-def test_the_last_checkpoints_stay_and_the_newest_weights_are_published(folder: RunFolder) -> None:
+def test_the_newest_checkpoints_are_kept_and_the_newest_weights_published(folder: RunFolder) -> None:
     assert names(folder) == ["step-00000002", "step-00000003"] and folder.begun
     last, problems = folder.newest()
     assert last is not None and (last.step, last.facts, problems) == (3, {"seed": "7"}, [])
@@ -43,13 +43,13 @@ def test_the_last_checkpoints_stay_and_the_newest_weights_are_published(folder: 
 
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, STATE_FILE, MANIFEST_FILE])
 @pytest.mark.parametrize("damage", ["a bit", "half", "gone"])
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(folder: RunFolder, name: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(folder: RunFolder, name: str, damage: str) -> None:
     path = folder.path / "checkpoints" / "step-00000003" / name
     content = bytearray(path.read_bytes())
     if damage == "gone":
         path.unlink()
     else:
-        content[-3] ^= 4  # of the last number's bits, or of the manifest's brackets
+        content[-3] ^= 4  # a bit of the last value, or of the manifest's brackets
         path.write_bytes(content if damage == "a bit" else content[: len(content) // 2])
     last, problems = folder.newest()
     assert last is not None and last.step == 2
@@ -89,12 +89,12 @@ def test_a_step_can_be_saved_again_over_a_damaged_one(folder: RunFolder) -> None
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(folder: RunFolder) -> None:
     folder.save(5, {}, files(5))
     (folder.path / "checkpoints" / "step-00000005" / STATE_FILE).unlink()
-    folder.save(4, {}, files(4))  # of a run that went on from step 3
+    folder.save(4, {}, files(4))  # by a run that was resumed from step 3
     assert names(folder) == ["step-00000003", "step-00000004"]
 
 
-def test_a_step_that_is_saved_already_is_left_alone(folder: RunFolder) -> None:
-    (folder.path / WEIGHTS_FILE).unlink()  # as if killed before
+def test_a_step_that_was_saved_before_is_left_alone(folder: RunFolder) -> None:
+    (folder.path / WEIGHTS_FILE).unlink()  # as if the run was killed before publishing
     folder.save(3, {}, files(9))
     last, _ = folder.newest()
     assert last is not None and torch.equal(last.tensors(STATE_FILE)["model.w"], torch.full((50,), 6.0))
@@ -103,7 +103,7 @@ def test_a_step_that_is_saved_already_is_left_alone(folder: RunFolder) -> None:
     assert {path.name for path in folder.path.iterdir()} == {"checkpoints", WEIGHTS_FILE}
 
 
-def test_what_a_killed_save_left_is_cleared_away(folder: RunFolder) -> None:
+def test_leftovers_of_a_killed_save_are_removed(folder: RunFolder) -> None:
     leftover = folder.path / "checkpoints" / ".step-00000004.partial"
     leftover.mkdir()
     (leftover / STATE_FILE).write_text("half")

@@ -1,4 +1,4 @@
-"""Training: a resumed run is the uninterrupted one, and what can go wrong ends in one line."""
+"""Training: a resumed run equals an uninterrupted one, and failures end in one line."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
+from ca2vdm_cli.training.batches import TrainingData
 from ca2vdm_cli.training.log import StepReport
 from ca2vdm_cli.training.run_folder import METRICS_FILE, STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
-from ca2vdm_cli.training.trainer import Trainer, train, write_preset
+from ca2vdm_cli.training.trainer import Trainer, training_loop, write_preset
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,10 @@ class Runs:
         self.source, self.autoencoder = source, autoencoder
 
     def __call__(self, *overrides: str, steps: int = 6, seed: int = 0, source: ClipSource | None = None) -> Trainer:
-        preset: Preset = load_preset("tiny", overrides).config
+        preset: Preset = load_preset("tiny", [f"training.steps={steps}", *overrides]).config
         accelerator = make_accelerator("cpu", preset.training.precision)
-        return Trainer(preset, source or self.source, self.autoencoder, backends["sdpa"], accelerator, steps, seed)
+        data = TrainingData(source or self.source, self.autoencoder)
+        return Trainer(preset, data, backends["sdpa"], accelerator, seed)
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def run(source: ClipSource, autoencoder: Autoencoder) -> Runs:
 def state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that the next step depends on, and the average."""
     tensors = {f"model.{key}": value.clone() for key, value in trainer.model.state_dict().items()}
-    tensors |= {f"average.{key}": value.clone() for key, value in trainer.average.items()}
+    tensors |= {f"average.{key}": value.clone() for key, value in trainer.state.average.tensors.items()}
     names: dict[Tensor, str] = {parameter: name for name, parameter in trainer.model.named_parameters()}
     for optimizer, inner in trainer.optimizers.items():
         for parameter, moments in inner.state.items():
@@ -70,10 +72,10 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def newest(folder: Path) -> Checkpoint:
-    """The newest checkpoint, of which none is damaged."""
-    found, problems = RunFolder(folder).newest()
-    assert found is not None and not problems
-    return found
+    """The newest checkpoint; none may be damaged."""
+    checkpoint, problems = RunFolder(folder).newest()
+    assert checkpoint is not None and not problems
+    return checkpoint
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -89,7 +91,7 @@ def without_times(report: StepReport) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     "setting",
     [
-        "training.prefix_lengths=[0]",  # after an empty prefix alone, a branch has no moments
+        "training.prefix_lengths=[0]",  # with empty prefixes only, a branch has no moments
         "training.prefix_lengths=[0, 1, 4, 5, 9]",
         "training.optimizer=muon",
         "training.trainable=temporal",
@@ -104,9 +106,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(setting: str, run: Runs, tmp_
     first = run(*settings)
     reports = [without_times(first.train_step()) for _ in range(3)]
     first.save(RunFolder(tmp_path))
-    torch.manual_seed(99)  # the state of the world outside does not matter
+    torch.manual_seed(99)  # global random state does not matter
     second = run(*settings)
-    second.resume(newest(tmp_path))
+    second.state.load(newest(tmp_path))
     assert second.step == 3
     assert_equal(state(second), state(first))
     reports += [without_times(second.train_step()) for _ in range(3)]
@@ -122,14 +124,14 @@ def test_the_loop_saves_as_it_goes_at_the_end_and_when_interrupted(run: Runs, tm
         last, _ = RunFolder(tmp_path).newest()
         steps_on_disk.append(last.step if last is not None else 0)
         if report.step == 4:
-            signal.raise_signal(signal.SIGINT)  # which waits for the end of the step
+            signal.raise_signal(signal.SIGINT)  # takes effect after the step
 
     with pytest.raises(KeyboardInterrupt):
-        train(run("training.checkpoint_every=2", steps=5), RunFolder(tmp_path), interrupt)
+        training_loop(run("training.checkpoint_every=2", steps=5), RunFolder(tmp_path), interrupt)
     assert steps_on_disk == [0, 0, 2, 2] and newest(tmp_path).step == 4
     trainer = run(steps=5)
-    trainer.resume(newest(tmp_path))
-    train(trainer, RunFolder(tmp_path), lambda report: None)
+    trainer.state.load(newest(tmp_path))
+    training_loop(trainer, RunFolder(tmp_path), lambda report: None)
     for _ in range(5):
         expected.train_step()
     assert_equal(state(trainer), state(expected))
@@ -138,14 +140,14 @@ def test_the_loop_saves_as_it_goes_at_the_end_and_when_interrupted(run: Runs, tm
     assert all(math.isfinite(line["loss"]) and line["frames"] == 8 for line in lines)
 
 
-def test_what_is_saved_is_a_preset_and_the_averaged_weights(run: Runs, tmp_path: Path) -> None:
+def test_a_run_saves_a_preset_and_the_averaged_weights(run: Runs, tmp_path: Path) -> None:
     trainer = run()
     trainer.train_step()
     trainer.save(RunFolder(tmp_path))
     write_preset(trainer.preset, tmp_path)
     weights, metadata = load_tensors(tmp_path / WEIGHTS_FILE)
     assert metadata["step"] == "1"
-    assert_equal(weights, trainer.average)
+    assert_equal(weights, trainer.state.average.tensors)
     model = CausalVideoTransformer(load_preset(tmp_path).config.model, backends["eager"])
     assert load_weights(model, weights, "weights").left_over == ()
 
@@ -161,11 +163,11 @@ def test_a_seed_decides_everything(run: Runs) -> None:
 def test_fine_tuning_starts_from_given_weights(run: Runs) -> None:
     given = {key: value + 0.01 for key, value in run().model.state_dict().items()}
     trainer = run(seed=3)
-    trainer.start_from(given, "mine")
+    trainer.state.start_from(given, "mine")
     assert_equal(dict(trainer.model.state_dict()), given)
-    assert_equal(trainer.average, given)
+    assert_equal(trainer.state.average.tensors, given)
     trainer.train_step()
-    assert not torch.equal(trainer.average["blocks.0.mlp.fc1.weight"], given["blocks.0.mlp.fc1.weight"])
+    assert not torch.equal(trainer.state.average.tensors["blocks.0.mlp.fc1.weight"], given["blocks.0.mlp.fc1.weight"])
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
@@ -180,12 +182,12 @@ def base(run: Runs) -> dict[str, Tensor]:
     return {k: v + 0.1 * torch.randn(v.shape, generator=generator).to(v) for k, v in weights.items()}
 
 
-def test_adapters_alone_are_trained_and_merged_into_what_is_saved(
+def test_only_adapters_are_trained_and_they_are_merged_into_saved_weights(
     run: Runs, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     trainer = run(*LORA, "training.prefix_lengths=[0, 9]", "training.prefix_weights=[0, 1]")
-    trainer.start_from(base, "mine")
-    assert_equal(trainer.averaged_weights(), base)  # adapters do nothing yet
+    trainer.state.start_from(base, "mine")
+    assert_equal(trainer.state.averaged_weights(), base)  # adapters do nothing yet
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all(name.endswith((".0.up", ".0.down")) for name in trained)
     for _ in range(3):
@@ -210,15 +212,15 @@ def test_adapters_alone_are_trained_and_merged_into_what_is_saved(
 
 
 def test_adapters_learn(run: Runs, base: dict[str, Tensor]) -> None:
-    """As the same clips and noise come again, the loss on them falls."""
+    """The loss on the same clips and noise falls when they are trained on repeatedly."""
 
     def loss(trainer: Trainer) -> float:
-        trainer.step = 0
+        trainer.state.step = 0
         trainer.close()
         return trainer.train_step().loss
 
     trainer = run(*LORA, "training.prefix_lengths=[0]", "training.learning_rate=0.01", "training.batch_size=4")
-    trainer.start_from(base, "mine")
+    trainer.state.start_from(base, "mine")
     losses = [loss(trainer) for _ in range(12)]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -230,7 +232,7 @@ def test_adapters_learn(run: Runs, base: dict[str, Tensor]) -> None:
         ("training.optimizer=muon", "muon does not go with training.trainable lora"),
     ],
 )
-def test_adapters_that_can_not_be(setting: str, expected: str) -> None:
+def test_impossible_adapters_are_refused(setting: str, expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
         load_preset("tiny", ["training.trainable=lora", setting])
 
@@ -253,22 +255,22 @@ def test_the_average_follows_the_weights(run: Runs) -> None:
         decay = min(0.3, (1 + step) / (10 + step))
         expected = {k: decay * v + (1 - decay) * trainer.model.state_dict()[k] for k, v in expected.items()}
     for key, value in expected.items():
-        assert torch.allclose(trainer.average[key], value, atol=1e-6), key
+        assert torch.allclose(trainer.state.average.tensors[key], value, atol=1e-6), key
 
 
 def test_prefix_lengths(run: Runs) -> None:
     published = ["training.prefix_lengths=", "diffusion.unconditional_start=false"]
-    assert run(*published).preset.prefixes == (1, 5, 9)  # 1 and a multiple of the chunk's length
-    assert run(published[0]).preset.prefixes == (0, 1, 4, 5, 8, 9)  # and multiples of it, which follow an empty start
+    assert run(*published).preset.prefixes == (1, 5, 9)  # 1 plus multiples of the chunk's length
+    assert run(published[0]).preset.prefixes == (0, 1, 4, 5, 8, 9)  # and multiples of it, which follow an empty context
     parallel = run("training.parallel_chunks=true", "training.clip_frames=21", published[0])
-    assert parallel.preset.prefixes == (0,) and parallel.trained_prefixes == (0, 4, 8, 9)
+    assert parallel.preset.prefixes == (0,) and parallel.preset.trained_prefixes == (0, 4, 8, 9)
     trainer = run("training.prefix_lengths=[0, 9]")
     assert {trainer.train_step().prefix for _ in range(8)} == {0, 9}
 
 
-def test_a_share_of_the_steps_trains_first_chunks_alone(run: Runs) -> None:
+def test_a_share_of_the_steps_trains_only_first_chunks(run: Runs) -> None:
     settings = ["training.parallel_chunks=true", "training.clip_frames=12", "training.prefix_lengths=[0]"]
-    clips = {4: 2 * 4, 12: 2 * 12}  # trained frames of a step by those of a clip
+    clips = {4: 2 * 4, 12: 2 * 12}  # frames per clip: trained frames per step
 
     def trained(share: float) -> list[int]:
         trainer = run(*settings, f"training.first_chunk_share={share}")
@@ -290,7 +292,7 @@ def test_clips_are_read_in_order_and_only_as_long_as_needed(run: Runs, source: C
             return source.clip(index, frames)
 
         def crop(self, index: int, side: int) -> Tensor:
-            raise AssertionError("no pictures are needed")
+            raise AssertionError("no crops are needed")
 
         def caption(self, index: int) -> str | None:
             return None
@@ -309,10 +311,10 @@ def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(poison: float, r
         trainer.model.final_layer.linear.bias[0] = poison
     before = state(trainer)
     with pytest.raises(UserError) as error:
-        train(trainer, RunFolder(tmp_path), lambda report: None)
+        training_loop(trainer, RunFolder(tmp_path), lambda report: None)
     message = str(error.value)
     assert message.startswith("step 2: the gradient is ") and "\n" not in message
-    assert "train with smaller --set training.learning_rate (now 0.001)" in message
+    assert "lower training.learning_rate (now 0.001)" in message
     assert error.value.exit_code == 1 and trainer.step == 1
     assert {
         key for key, value in state(trainer).items() if not torch.allclose(value, before[key], equal_nan=True)
@@ -320,7 +322,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(poison: float, r
 
 
 def test_a_run_that_blew_up_leaves_the_last_good_checkpoint(run: Runs, tmp_path: Path) -> None:
-    """Which is the one that the error tells to resume from."""
+    """It is the one that the error says to resume from."""
     trainer = run("training.checkpoint_every=2")
 
     def blow_up(report: StepReport) -> None:
@@ -329,24 +331,25 @@ def test_a_run_that_blew_up_leaves_the_last_good_checkpoint(run: Runs, tmp_path:
                 trainer.model.final_layer.linear.bias[0] = math.nan
 
     with pytest.raises(UserError, match="the gradient is nan"):
-        train(trainer, RunFolder(tmp_path), blow_up)
+        training_loop(trainer, RunFolder(tmp_path), blow_up)
     tensors = newest(tmp_path).tensors(STATE_FILE)
     assert newest(tmp_path).step == 2 and all(value.isfinite().all() for value in tensors.values())
 
 
-def test_what_is_no_training_state_is_refused(run: Runs, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_no_training_state_is_refused(run: Runs, tmp_path: Path) -> None:
     trainer, folder = run(), RunFolder(tmp_path)
-    folder.save(1, {}, {WEIGHTS_FILE: trainer.average, STATE_FILE: trainer.average})
-    with pytest.raises(UserError, match=r"unknown tensor .*; not of these settings; resume with those"):
-        trainer.resume(newest(tmp_path))
+    average = trainer.state.average.tensors
+    folder.save(1, {}, {WEIGHTS_FILE: average, STATE_FILE: average})
+    with pytest.raises(UserError, match=r"unknown tensor .*; it is from a run with other settings; resume with"):
+        trainer.state.load(newest(tmp_path))
     for _ in range(2):
         trainer.train_step()
     trainer.save(folder)
-    with pytest.raises(UserError, match=r"unknown tensor adamw\..*; not of these settings"):
-        run("training.optimizer=muon", "training.trainable=temporal").resume(newest(tmp_path))
+    with pytest.raises(UserError, match=r"unknown tensor adamw\..*; it is from a run with other settings"):
+        run("training.optimizer=muon", "training.trainable=temporal").state.load(newest(tmp_path))
 
 
 def test_a_training_state_of_another_model_is_refused(run: Runs, tmp_path: Path) -> None:
     run().save(RunFolder(tmp_path))
     with pytest.raises(UserError, match=r"has shape \(.*\), the model wants \(.*\)"):
-        run("model.hidden_size=32").resume(newest(tmp_path))
+        run("model.hidden_size=32").state.load(newest(tmp_path))

@@ -1,11 +1,13 @@
-"""Validation: held-out loss that depends on the weights alone, and pictures that can be looked at."""
+"""Validation: a held-out loss that depends on the weights only, metrics, and videos."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -13,16 +15,16 @@ from ca2vdm_cli.autoencoder import load_autoencoder
 from ca2vdm_cli.data import MovingDigits
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
-from ca2vdm_cli.plugins import backends
+from ca2vdm_cli.plugins import backends, metrics
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
+from ca2vdm_cli.training.batches import TrainingData
 from ca2vdm_cli.training.log import VALIDATION_FILE
 from ca2vdm_cli.training.run_folder import RunFolder
-from ca2vdm_cli.training.trainer import Trainer, train
+from ca2vdm_cli.training.trainer import Trainer, training_loop
 from ca2vdm_cli.training.validation import LEVELS, Validator
-from ca2vdm_cli.video_io import open_reader
-
-PREFIXES = (0, 1, 5)
+from ca2vdm_cli.video_io import Frame, open_reader
+from ca2vdm_cli.video_metrics import Metric
 
 
 def validator(folder: Path, *overrides: str) -> Validator:
@@ -31,17 +33,19 @@ def validator(folder: Path, *overrides: str) -> Validator:
     torch.manual_seed(0)
     autoencoder = load_autoencoder(preset.autoencoder, preset.video, preset.model.in_channels)
     source = MovingDigits(preset.synthetic_data, preset.video, seed=9)
-    return Validator(preset, source, autoencoder, backends["eager"], torch.device("cpu"), PREFIXES, folder)
+    data = TrainingData(source, autoencoder)
+    return Validator(preset, data, backends["eager"], torch.device("cpu"), folder)
 
 
 @pytest.mark.parametrize("start", [True, False])
 def test_a_validation_leaves_a_video_and_a_sheet(start: bool, tmp_path: Path) -> None:
-    prefixes = f"training.prefix_lengths={[0, 1] if start else [1]}"
-    validate = validator(tmp_path, f"diffusion.unconditional_start={str(start).lower()}", prefixes)
+    prefixes = [0, 1, 5] if start else [1, 5]
+    settings = [f"diffusion.unconditional_start={str(start).lower()}", f"training.prefix_lengths={prefixes}"]
+    validate = validator(tmp_path, *settings)
     report = validate(validate.model.state_dict(), 40)
-    assert report.step == 40 and report.by_prefix.keys() == set(PREFIXES) and report.by_level.keys() == set(LEVELS)
+    assert report.step == 40 and report.by_prefix.keys() == set(prefixes) and report.by_level.keys() == set(LEVELS)
     mean = sum(report.by_level.values()) / len(LEVELS)
-    assert report.loss == pytest.approx(mean) == pytest.approx(sum(report.by_prefix.values()) / len(PREFIXES))
+    assert report.loss == pytest.approx(mean) == pytest.approx(sum(report.by_prefix.values()) / len(prefixes))
     sheet = cv2.imread(str(report.sheet))
     config = validate.preset.video
     assert (
@@ -59,7 +63,7 @@ def test_a_video_of_absolute_positions_ends_where_they_do(tmp_path: Path) -> Non
         assert len(list(reader)) == 12  # of 13 positions, in chunks of 4
 
 
-def test_a_sampler_that_can_not_be_used_is_refused_before_the_first_validation(tmp_path: Path) -> None:
+def test_an_unsuitable_sampler_is_refused_before_the_first_validation(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="ancestral needs a variance-preserving process"):
         validator(
             tmp_path,
@@ -70,7 +74,7 @@ def test_a_sampler_that_can_not_be_used_is_refused_before_the_first_validation(t
         )
 
 
-def test_the_held_out_loss_depends_on_the_weights_alone(tmp_path: Path) -> None:
+def test_the_held_out_loss_depends_on_the_weights_only(tmp_path: Path) -> None:
     first, second = validator(tmp_path), validator(tmp_path)
     weights = first.model.state_dict()
     torch.manual_seed(7)
@@ -79,16 +83,65 @@ def test_the_held_out_loss_depends_on_the_weights_alone(tmp_path: Path) -> None:
     assert first(weights, 1).loss != first(others, 1).loss
 
 
+class Brightness(Metric):
+    name = "brightness"
+    description = "mean of the generated frames, for tests"
+
+    def measure(self, made: Frame, true: Frame) -> float:
+        assert made.shape == true.shape and made.dtype == true.dtype == np.uint8 and made.shape[1:] == (32, 32, 1)
+        measured_lengths.append(len(made))
+        return float(made.mean())
+
+
+measured_lengths: list[int] = []
+
+
+@pytest.fixture
+def brightness() -> Iterator[str]:
+    measured_lengths.clear()
+    metrics.register(Brightness())
+    yield Brightness.name
+    metrics.unregister(Brightness.name)
+
+
+def test_metrics_of_held_out_clips(brightness: str, tmp_path: Path) -> None:
+    validate = validator(tmp_path, f"training.validation_metrics=[psnr, {brightness}]")
+    report = validate(validate.model.state_dict(), 1)
+    pixels = torch.stack([validate.data.source.clip(index, 13) for index in range(3)])
+    frames = np.rint((pixels.numpy() + 1) * 127.5)
+    assert report.repeat_last_frame[brightness] == pytest.approx(frames[:, 8].mean(), abs=1e-3)
+    latents = validate.data.autoencoder.encode(pixels.flatten(0, 1))
+    decoded = ((validate.data.autoencoder.decode(latents).numpy() + 1) * 127.5).round().clip(0, 255)
+    assert report.reconstruction[brightness] == pytest.approx(decoded.mean(), abs=1e-2)
+    errors = np.square(decoded.reshape(3, 13, -1) - frames.reshape(3, 13, -1)).mean(-1)
+    assert report.reconstruction["psnr"] == pytest.approx((10 * np.log10(255**2 / errors)).mean(), abs=1e-2)
+    assert report.continuation.keys() == {"psnr", brightness}
+    assert sorted(measured_lengths) == [4] * 6 + [13] * 3  # a chunk, or a window and a chunk
+
+
+def test_metrics_of_clips_shorter_than_the_window(brightness: str, tmp_path: Path) -> None:
+    """What precedes their last chunk is the context; a clip of one chunk has none."""
+    parallel = ["training.parallel_chunks=true", "training.prefix_lengths=[0]"]
+    for frames, lengths in ((8, [4] * 6 + [8] * 3), (4, [4] * 3)):
+        measured_lengths.clear()
+        metric = f"training.validation_metrics=[{brightness}]"
+        validate = validator(tmp_path, *parallel, f"training.clip_frames={frames}", metric)
+        report = validate(validate.model.state_dict(), 1)
+        assert sorted(measured_lengths) == lengths and report.reconstruction.keys() == {brightness}
+        assert bool(report.continuation) == bool(report.repeat_last_frame) == (frames == 8)
+
+
 def test_training_validates_as_often_as_asked_and_logs_it(tmp_path: Path) -> None:
-    preset = load_preset("tiny", ["training.validate_every=2"]).config
+    preset = load_preset("tiny", ["training.validate_every=2", "training.steps=3"]).config
     validate = validator(tmp_path / "validation")
     accelerator = make_accelerator("cpu", preset.training.precision)
-    trainer = Trainer(preset, validate.source, validate.autoencoder, backends["eager"], accelerator, steps=3)
-    train(trainer, RunFolder(tmp_path), lambda report: None, validate)
+    trainer = Trainer(preset, validate.data, backends["eager"], accelerator)
+    training_loop(trainer, RunFolder(tmp_path), lambda report: None, validate)
     lines = [json.loads(line) for line in (tmp_path / VALIDATION_FILE).read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3]
     assert isinstance(validate.model, CausalVideoTransformer)
     for line in lines:
+        assert all(line[key].keys() == {"psnr"} for key in ("reconstruction", "continuation", "repeat_last_frame"))
         assert (tmp_path / "validation" / line["sheet"]).is_file() and (
             tmp_path / "validation" / line["video"]
         ).is_file()

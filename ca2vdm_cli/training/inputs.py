@@ -1,0 +1,217 @@
+"""What a run is trained on: clips, the encoders that they need, and what a resumed run remembers of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ca2vdm_cli.autoencoder import Autoencoder, ConvAutoencoder, load_autoencoder, save_autoencoder
+from ca2vdm_cli.config import Preset, Split
+from ca2vdm_cli.data import Clips, ClipSource, cache_latents, open_clips
+from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.model.attention import Backend
+from ca2vdm_cli.presets import LoadedPreset
+from ca2vdm_cli.text_encoder import TextEncoder
+
+from .autoencoder import train_autoencoder
+from .batches import TrainingData
+from .callbacks import TrainingCallbacks
+from .run_folder import AUTOENCODER_FILE, Checkpoint
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LARGEST_SEED = 2**63 - 1
+HELD_OUT = 1_000_003
+"""Added to the seed for synthetic clips that are not trained on."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is trained on, which a resumed run remembers."""
+
+    data: str | Path | ClipSource | None
+    validation_data: str | Path | ClipSource | None
+    cache_latents: str | Path | None
+    teacher: str | Path | None
+    given_seed: int | None
+
+    def resumed(self, last: Checkpoint | None) -> Inputs:
+        """The inputs of the run to resume, except for what is given now.
+
+        Raises:
+            UsageError: another seed than the run's, no such teacher, or a clip source that can't be restored.
+        """
+        facts = {} if last is None else last.facts
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise UsageError(f"seed: {self.seed} must be from 0 to {LARGEST_SEED}")
+        if self.given_seed is not None and facts.get("seed", str(self.given_seed)) != str(self.given_seed):
+            raise UsageError(
+                f"seed: {self.given_seed} is not the resumed run's, which has seed {facts['seed']}; leave it out"
+            )
+        teacher = self.teacher or facts.get("teacher")
+        if teacher is not None and not Path(teacher).exists():
+            raise UsageError(f"teacher: {teacher}: no such file or folder; name the teacher's weights, or its run")
+        if self.data is None and "clip_source" in facts:
+            raise UsageError(f"data: the run was trained on a {facts['clip_source']} object; pass one to resume it")
+        return Inputs(
+            facts.get("origin") if self.data is None else self.data,
+            facts.get("validation") if self.validation_data is None else self.validation_data,
+            self.cache_latents or facts.get("latents"),
+            teacher,
+            int(facts["seed"]) if "seed" in facts else self.given_seed,
+        )
+
+    @property
+    def seed(self) -> int:
+        """Seed of all randomness."""
+        return self.given_seed or 0
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a checkpoint remembers of them."""
+        paths = {
+            "origin": self.data,
+            "validation": self.validation_data,
+            "latents": self.cache_latents,
+            "teacher": self.teacher,
+        }
+        facts = {name: str(Path(path).resolve()) for name, path in paths.items() if isinstance(path, (str, Path))}
+        if self.data is not None and "origin" not in facts:
+            facts["clip_source"] = type(self.data).__name__
+        return facts
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a run computes."""
+
+    accelerator: Accelerator
+    backend: Backend
+    dtype: torch.dtype
+    """Of matrix products."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+
+# Clips, and what encodes them
+
+
+def open_source(data: str | Path | ClipSource | None, config: Preset, seed: int, argument: str) -> ClipSource:
+    """Clips of a data set, of an object, or of the preset's synthetic data.
+
+    Raises:
+        UsageError: no such data set, or an object whose clips don't fit the preset.
+    """
+    if data is None or isinstance(data, (str, Path)):
+        return open_clips(None if data is None else Path(data), config, seed, config.clip_frames)
+    assert config.video is not None
+    shape = tuple(data.clip(0, 1).shape)
+    expected = (1, config.video.channels, config.video.height, config.video.width)
+    if shape != expected:
+        raise UsageError(f"{argument}: a clip of one frame has shape {shape}; it must be {expected} (T, C, H, W)")
+    return data
+
+
+def held_out_clips(inputs: Inputs, source: ClipSource, config: Preset) -> ClipSource:
+    """Clips to validate on. If the validation data has a test split, that split is used."""
+    held_out = inputs.validation_data
+    if held_out is None:
+        return source if inputs.data is not None else open_source(None, config, inputs.seed + HELD_OUT, "data")
+    test = replace(config, data=replace(config.data, split=Split.TEST))
+    try:
+        return open_source(held_out, test, inputs.seed, "validation_data")
+    except UsageError:  # it has no splits
+        return open_source(held_out, config, inputs.seed, "validation_data")
+
+
+def training_data(
+    loaded: LoadedPreset,
+    config: Preset,
+    source: ClipSource,
+    inputs: Inputs,
+    machine: Machine,
+    out: Path,
+    callbacks: TrainingCallbacks,
+    *,
+    reuse: bool,
+) -> TrainingData:
+    """The clips, as cached latents if asked for, with the autoencoder and the text encoder."""
+    accelerator, clips = machine.accelerator, source
+    with accelerator.main_process_first():  # it trains and writes the autoencoder, the others read it
+        reuse = reuse or not accelerator.is_main_process
+        autoencoder = _autoencoder(loaded, config, source, out, machine.device, inputs.seed, callbacks, reuse=reuse)
+        if inputs.cache_latents is not None:
+            clips = _cached(source, autoencoder, config, Path(inputs.cache_latents), machine.device, callbacks)
+    with accelerator.main_process_first():  # the text encoder may have to be downloaded
+        text_encoder = None
+        if config.text is not None:
+            text_encoder = TextEncoder(config.text, config.model, machine.device, machine.dtype)
+        elif config.model.text_channels and isinstance(source, Clips) and any(v.caption for v in source.videos):
+            callbacks.note("text: the data has captions, but the preset names no text encoder; they are not used")
+    return TrainingData(clips, autoencoder, text_encoder)
+
+
+def _cached(
+    source: ClipSource,
+    autoencoder: Autoencoder,
+    config: Preset,
+    folder: Path,
+    device: torch.device,
+    callbacks: TrainingCallbacks,
+) -> ClipSource:
+    """The clips as latents, from videos that are encoded once and cached in ``folder``."""
+    clips, report = cache_latents(source, autoencoder, config.autoencoder, folder, device, callbacks.on_encoded)
+    for name, reason in report.stale.items():
+        callbacks.note(f"{folder}: the entry of {name} is stale ({reason}) and was encoded again")
+    callbacks.note(f"{folder}: encoded {report.encoded} videos, reused the latents of {report.reused}")
+    return clips
+
+
+def _autoencoder(
+    loaded: LoadedPreset,
+    config: Preset,
+    source: ClipSource,
+    out: Path,
+    device: torch.device,
+    seed: int,
+    callbacks: TrainingCallbacks,
+    *,
+    reuse: bool,
+) -> Autoencoder:
+    """The preset's autoencoder, or the one in the run's folder if ``reuse``.
+
+    A conv or lowpass autoencoder without weights is trained first; a copy of its weights goes to the run's folder.
+    """
+    assert config.video is not None
+    copy = out / AUTOENCODER_FILE
+    path = copy if reuse and copy.is_file() else loaded.autoencoder_weights_path
+    torch.manual_seed(seed)
+    autoencoder = load_autoencoder(config.autoencoder, config.video, config.model.in_channels, path)
+    autoencoder.to(device)
+    if not isinstance(autoencoder, ConvAutoencoder):
+        return autoencoder
+    if path is None:
+        steps = config.training.autoencoder_steps
+        if not steps:
+            raise UsageError(
+                f"preset {loaded.name}: its autoencoder has no weights; set training.autoencoder_steps to train it"
+            )
+        train_autoencoder(
+            autoencoder,
+            source,
+            config.training,
+            seed,
+            lambda step, loss: callbacks.on_autoencoder_step(step, steps, loss),
+        )
+    if path != copy:
+        out.mkdir(parents=True, exist_ok=True)
+        save_autoencoder(autoencoder, copy)
+        # read back, because the file has rounded weights: those that sampling and a resumed run will use
+        autoencoder = load_autoencoder(config.autoencoder, config.video, config.model.in_channels, copy).to(device)
+    return autoencoder
