@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.errors import UsageError, as_user_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,10 +41,8 @@ def save_png(report: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: it can't be written.
     """
-    try:
+    with as_user_error(f"{path}: cannot be written"):
         _figure(report).savefig(path, format="png", dpi=110)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def as_svg(report: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ca2vdm_cli.errors import UserError
+from ca2vdm_cli.errors import as_user_error
 
 Report = dict[str, Any]
 """What ``bench --json`` prints."""
@@ -81,10 +81,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: it can't be written.
     """
-    try:
+    with as_user_error(f"{path}: cannot be written"):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def as_csv(report: Report) -> str:

@@ -31,7 +31,7 @@ from av.video.stream import VideoStream
 
 from ca2vdm_cli.errors import UsageError, UserError
 
-from .frames import EXACT_COLOURS, MAX_RATE, Frame, to_channels, unwritable, write_image
+from .frames import EXACT_COLOURS, MAX_RATE, Frame, to_channels, write_errors, write_image
 
 _PNG_NAME = re.compile(r"frame_(\d{6,})\.png")
 
@@ -95,7 +95,7 @@ class VideoWriter:
         if self._closed or frame.shape != self._shape:
             raise ValueError(f"a frame {frame.shape} for a {'closed ' * self._closed}video of frames {self._shape}")
         try:
-            with unwritable(self.name):
+            with write_errors(self.name):
                 self._sink = self._sink or self._open(self._shape[0], self._shape[1])
                 self._sink.write(frame)
         except (UserError, BrokenPipeError):
@@ -111,7 +111,7 @@ class VideoWriter:
             return
         self._closed, finished = True, False
         try:
-            with unwritable(self.name):
+            with write_errors(self.name):
                 if isinstance(self._sink, _Images) and not self._keep:
                     self._sink.discard()
                 else:
