@@ -146,11 +146,11 @@ class Validator:
 
     def _clips(self, count: int, frames: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The first held-out clips as latents (B, c, T, h, w), and their captions: embeddings and masks."""
-        found = [(self.source.clip(index, frames), self.source.caption(index)) for index in range(count)]
-        pixels = torch.stack([clip for clip, _ in found]).to(self.model.device)
+        clips = [self.source.clip(index, frames) for index in range(count)]
+        pixels = torch.stack([clip.frames for clip in clips]).to(self.model.device)
         parts = [self.autoencoder.encode(part).float() for part in pixels.flatten(0, 1).split(FRAMES_AT_ONCE)]
         latents = torch.cat(parts).unflatten(0, (count, frames)).transpose(1, 2)
         text = self.model.unconditional_caption(count)
         if text is not None and self.text_encoder is not None:
-            text = self.text_encoder([caption for _, caption in found], text)
+            text = self.text_encoder([clip.caption for clip in clips], text)
         return latents, text
