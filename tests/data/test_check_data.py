@@ -50,7 +50,7 @@ def test_check_data_of_nothing_usable(tmp_path: Path) -> None:
         check_data("tiny", None, tmp_path, None, [], as_json=True, quiet=False)
     with pytest.raises(UsageError, match="name a data set with --data"):
         check_data("tiny", None, None, None, [], as_json=True, quiet=False)
-    with pytest.raises(UsageError, match="moving-digits is made on the fly"):
+    with pytest.raises(UsageError, match="moving-digits is synthesized on the fly"):
         check_data("tiny", None, tmp_path, None, ["data.format=moving-digits"], as_json=True, quiet=False)
     with pytest.raises(UsageError, match="works on latents only"):
         check_data("bench-small", None, tmp_path, None, [], as_json=True, quiet=False)
