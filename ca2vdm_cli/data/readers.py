@@ -144,8 +144,7 @@ def read_layout(path: Path, data: DataConfig) -> Layout:
 def _guess(path: Path) -> Reader:
     """The first reader that recognizes the files, those of plug-ins first; ``videos`` if none does."""
     suffixes = frozenset(file.suffix.lower() for file in (_files(path) if path.is_dir() else [path]))
-    added = [name for name in readers if not readers.is_builtin(name)]
-    for name in (*added, *(name for name in readers if readers.is_builtin(name))):
+    for name in sorted(readers, key=readers.is_builtin):
         if readers[name].recognizes(path, suffixes):
             return readers[name]
     return readers["videos"]
@@ -161,7 +160,7 @@ def _files(folder: Path) -> Iterator[Path]:
 def _find(path: Path, suffixes: frozenset[str], split: Split) -> list[Path]:
     """``path`` itself if it is a file, else the files in it with these suffixes that belong to the split, sorted."""
     if path.is_file():
-        _need_everything(path, split)
+        _refuse_test_split(path, split)
         return [path]
     files = (file for root in _roots(path, split) for file in _files(root))
     return sorted(file for file in files if file.suffix.lower() in suffixes and file.is_file())  # not a named pipe
@@ -172,7 +171,7 @@ def _roots(path: Path, split: Split) -> list[Path]:
     parts = None if split is Split.ALL else _parts(path)
     if parts is None:
         if split is not Split.ALL:
-            _need_everything(path, split)
+            _refuse_test_split(path, split)
         return [path]
     return parts[split]
 
@@ -189,7 +188,7 @@ def _parts(path: Path) -> dict[Split, list[Path]] | None:
     return _parts(inner[0]) if len(inner) == 1 else None
 
 
-def _need_everything(path: Path, split: Split) -> None:
+def _refuse_test_split(path: Path, split: Split) -> None:
     if split is Split.TEST:
         raise UsageError(f"data.split: {path} has no folders train and test; use train or all, or name another folder")
 
@@ -360,7 +359,7 @@ class JsonLinesReader(Reader):
     def read(self, path: Path, data: DataConfig) -> Layout:
         if not path.is_file():
             raise UsageError(f"{path}: not a file; data.format jsonl takes a .jsonl file in the videos' folder")
-        _need_everything(path, data.split)
+        _refuse_test_split(path, data.split)
         videos: list[Video] = []
         rejects: dict[str, str] = {}
         for number, line in _lines(path):

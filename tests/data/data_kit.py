@@ -22,14 +22,14 @@ LENGTH = 4
 
 
 def preset(**data: Any) -> Preset:
-    """``tiny`` with some data settings: gray 32x32 frames."""
+    """``tiny``, whose frames are gray and 32x32, with these data settings."""
     config = load_preset("tiny").config
     changed: Preset = replace(config, data=DataConfig(**data))
     return changed
 
 
 def pictures(count: int, height: int = 16, width: int = 16, first: int = 0) -> list[np.ndarray]:
-    """Frame t is of brightness 4 t everywhere."""
+    """Frames of which number t has brightness 4 t everywhere."""
     return [np.full((height, width, 3), 4 * (first + t), np.uint8) for t in range(count)]
 
 
@@ -41,22 +41,22 @@ def write_video(path: Path, frames: Iterable[np.ndarray]) -> Path:
 
 
 def numbers(clip: torch.Tensor) -> list[int]:
-    """Which of ``pictures`` the frames of a clip are."""
+    """The numbers of a clip's frames among ``pictures``."""
     return [round(value) for value in ((clip.mean((1, 2, 3)) + 1) * 127.5 / 4).tolist()]
 
 
 def source(path: Path, frames: int = LENGTH, seed: int = 0, **data: Any) -> VideoClips:
-    found = open_clips(path, preset(**data), seed, frames)
-    assert isinstance(found, VideoClips)
-    return found
+    clips = open_clips(path, preset(**data), seed, frames)
+    assert isinstance(clips, VideoClips)
+    return clips
 
 
 def starts(path: Path, count: int = 12, **data: Any) -> set[int]:
-    """First frames of some clips, which are checked to go on one by one."""
+    """The numbers of the first frames of some clips; checks that the frames are consecutive."""
     clips_ = source(path, **data)
-    step, found = data.get("stride", 1), set()
+    step, firsts = data.get("stride", 1), set()
     for index in range(count):
         first, *rest = numbers(clips_.clip(index, LENGTH).frames)
         assert rest == [first + step * n for n in range(1, LENGTH)]
-        found.add(first)
-    return found
+        firsts.add(first)
+    return firsts

@@ -29,7 +29,7 @@ def field(number: int, content: bytes) -> bytes:
 
 
 def example(frames: Sequence[np.ndarray], view: str = "image_aux1") -> bytes:
-    """A ``tf.Example`` as in the real set, other views and numbers between the frames."""
+    """A ``tf.Example`` as in the real data set, with an action after each frame."""
     features = b""
     for t, frame in enumerate(frames):
         image = field(1, field(1, frame.tobytes()))  # Feature.bytes_list.value

@@ -34,7 +34,7 @@ def test_check_data_counts_everything(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "bro[ken].mp4" in text.err and "48x32 (1)" in text.err and not text.out
 
 
-def test_check_data_counts_a_video_of_many_captions_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_data_counts_a_video_with_many_captions_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_video(tmp_path / "a.mp4", pictures(24))
     lines = [json.dumps({"path": "a.mp4", "text": text}) for text in ("one", "two", "three")]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
@@ -44,7 +44,7 @@ def test_check_data_counts_a_video_of_many_captions_once(tmp_path: Path, capsys:
     assert report["hours"] == pytest.approx(3 / 3600)
 
 
-def test_check_data_of_nothing_usable(tmp_path: Path) -> None:
+def test_check_data_without_a_usable_video(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"no usable video \(a\.mp4: cannot be read"):
         check_data("tiny", None, tmp_path, None, [], as_json=True, quiet=False)

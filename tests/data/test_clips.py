@@ -19,7 +19,7 @@ RGB = VideoConfig(height=16, width=24, channels=3)
 
 
 def write_video(path: Path, frames: int, height: int = 32, width: int = 48) -> None:
-    """A lossless video whose frame t is of brightness 4 t everywhere."""
+    """A lossless video whose frame t has brightness 4 t everywhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=8)
@@ -31,13 +31,13 @@ def write_video(path: Path, frames: int, height: int = 32, width: int = 48) -> N
 
 
 def videos_of(path: Path, video: VideoConfig, seed: int, frames: int = 1) -> VideoClips:
-    """Clips of a path whose layout is guessed."""
+    """Clips of a path with ``data.format: auto``."""
     layout = read_layout(path, DataConfig())
     return VideoClips(str(path), layout.videos, layout.rejects, video, DataConfig(), seed, frames)
 
 
 def brightness(clip: torch.Tensor) -> list[int]:
-    """What ``write_video`` put into each frame, divided by 4."""
+    """Each frame's brightness as ``write_video`` set it, divided by 4."""
     return [round(value) for value in ((clip.mean((1, 2, 3)) + 1) * 127.5 / 4).tolist()]
 
 

@@ -11,7 +11,7 @@ from ca2vdm_cli.errors import UsageError
 GRAY = VideoConfig(height=64, width=64, channels=1)
 
 
-def test_directions_may_be_few() -> None:
+def test_digits_can_move_in_few_directions() -> None:
     source = MovingDigits(SyntheticDataConfig(directions=4, min_speed=0.5, max_speed=0.5), GRAY, seed=0)
     steps = []
     for index in range(16):
@@ -59,7 +59,7 @@ def test_digits_stay_whole_and_inside_while_they_move_evenly_and_bounce() -> Non
         assert any((path.diff() > 0).any() and (path.diff() < 0).any() for path in (rows, columns))
 
 
-def test_digits_in_colour_and_as_large_as_the_frame() -> None:
+def test_digits_in_colour_and_as_high_as_the_frame() -> None:
     clip = MovingDigits(SyntheticDataConfig(), VideoConfig(height=TILE, width=40, channels=3), seed=0).clip(0, 8).frames
     assert clip.shape == (8, 3, TILE, 40)
     assert torch.equal(clip[:, 0], clip[:, 2])

@@ -20,7 +20,7 @@ from ca2vdm_cli.video_io import write_image
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "gif", "y4m"])
-def test_a_clip_is_the_same_frames_whether_sought_or_kept(
+def test_seeking_and_keeping_videos_in_memory_give_the_same_clips(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = np.random.default_rng(0)
@@ -50,13 +50,13 @@ def test_folders_of_frames_as_in_sky_timelapse(tmp_path: Path) -> None:
     assert starts(tmp_path, stride=3) <= {0, 1, 2, 20, 21, 22}
 
 
-def test_no_test_part_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_test_split_is_an_error(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", pictures(6))
     with pytest.raises(UsageError, match=r"data\.split: .* has no folders train and test"):
         read_layout(tmp_path, DataConfig(split=Split.TEST))
 
 
-def test_a_folder_in_which_nothing_is_usable(tmp_path: Path) -> None:
+def test_a_folder_without_a_usable_video_says_why(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     for path in (tmp_path, tmp_path / "pipe.mp4"):
         with pytest.raises(UserError, match=r"no usable video \(no video files\)|Not a directory"):
@@ -69,7 +69,7 @@ def test_a_folder_in_which_nothing_is_usable(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_video_that_breaks_off_is_used_up_to_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_video_is_used_up_to_the_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "v"
     folder.mkdir()
     for number, picture in enumerate(pictures(20)):
@@ -79,7 +79,7 @@ def test_a_video_that_breaks_off_is_used_up_to_there(tmp_path: Path, monkeypatch
     whole = [source(tmp_path).clip(index, 2).frames for index in range(4)]
     monkeypatch.setattr(clips, "MEMORY", 0)
     late = source(tmp_path)
-    late.clip(9, LENGTH)  # what is found out about the video changes no clip
+    late.clip(9, LENGTH)  # what is learned about the video changes no clip
     assert [numbers(late.clip(index, 2).frames) for index in range(4)] == [
         numbers(source(tmp_path).clip(index, 2).frames) for index in range(4)
     ]
@@ -88,8 +88,8 @@ def test_a_video_that_breaks_off_is_used_up_to_there(tmp_path: Path, monkeypatch
         source(tmp_path, frames=10).clip(0, 10)
 
 
-def test_what_is_known_of_a_video_changes_no_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The beginning of ``v`` is too short for a clip, but what follows the damage can be read."""
+def test_clips_do_not_depend_on_what_is_known_of_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part of ``v`` before the damage is too short for a clip, but the part after it can be read."""
     for name, first in (("v", 0), ("w", 30)):
         (tmp_path / name).mkdir()
         for number, picture in enumerate(pictures(20, first=first)):

@@ -48,7 +48,7 @@ def test_jsonl(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe\n", "not UTF-8"), (b"x" * 2**21, "longer than")])
-def test_a_list_that_is_none(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_that_is_not_a_list(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=f"line 1 is {message}"):
         source(tmp_path / "a.jsonl")

@@ -1,4 +1,4 @@
-"""The cache of latents: what is drawn from it is what would have been encoded, and a stale entry is noticed."""
+"""The latent cache: its clips are the source's clips, encoded, and stale entries are noticed."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def autoencoder() -> ConvAutoencoder:
     config = preset()
     assert config.video is not None
     torch.manual_seed(0)
-    made = load_autoencoder(config.autoencoder, config.video, config.model.in_channels)
-    assert isinstance(made, ConvAutoencoder)
-    return made
+    model = load_autoencoder(config.autoencoder, config.video, config.model.in_channels)
+    assert isinstance(model, ConvAutoencoder)
+    return model
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two videos of noise, one that is too short, and one that is none."""
+    """Two videos of noise, one that is too short, and a file that is not a video."""
     draw = np.random.default_rng(0)
     for name, count in (("a", 20), ("b", 13), ("short", 2)):
         with open_writer(tmp_path / f"videos/{name}.mp4", fps=8) as writer:
@@ -72,7 +72,7 @@ def test_cached_latents_are_those_of_the_clips(
         clips.crop(0, 8)
 
 
-def test_an_entry_is_used_again_until_something_changes(folder: Path, autoencoder: ConvAutoencoder) -> None:
+def test_an_entry_is_reused_until_something_changes(folder: Path, autoencoder: ConvAutoencoder) -> None:
     source = open_clips(folder, preset(), 0, FRAMES)
     first, _ = fill(source, autoencoder, folder)
     expected = first.clip(0, FRAMES).frames
@@ -117,7 +117,7 @@ def test_an_entry_that_goes_missing(folder: Path, autoencoder: ConvAutoencoder) 
 
 
 class Counting:
-    """An encoder that has no weights and counts its frames."""
+    """An encoder without weights that counts its frames."""
 
     def __init__(self) -> None:
         self.frames = 0
@@ -151,7 +151,7 @@ def test_images_and_arrays_have_entries_of_their_own(tmp_path: Path) -> None:
     assert report.stale == {"1": "its content has changed"} and report.reused == 1
 
 
-def test_a_video_of_many_captions_is_encoded_once(folder: Path, autoencoder: ConvAutoencoder) -> None:
+def test_a_video_with_many_captions_is_encoded_once(folder: Path, autoencoder: ConvAutoencoder) -> None:
     lines = [json.dumps({"path": "a.mp4", "text": text}) for text in ("one", "two", "three")]
     (folder / "list.jsonl").write_text("\n".join(lines))
     clips, report = fill(open_clips(folder / "list.jsonl", preset(), 0, FRAMES), autoencoder, folder)

@@ -27,11 +27,11 @@ def test_moving_mnist(tmp_path: Path, inside: bool) -> None:
     layout = read_layout(path, DataConfig())
     assert layout.format == "moving-mnist"
     assert [video.name for video in layout.videos] == [f"mnist_test_seq.npy[{n}]" for n in range(3)]
-    found = starts(path, count=30)
-    assert found <= {*range(17), *range(20, 37), *range(40, 57)} and len(found) > 8
+    firsts = starts(path, count=30)
+    assert firsts <= {*range(17), *range(20, 37), *range(40, 57)} and len(firsts) > 8
 
 
-def test_arrays_that_are_something_else(tmp_path: Path) -> None:
+def test_arrays_of_another_kind_are_rejected(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "archive", a=np.zeros(3))

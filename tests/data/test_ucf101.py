@@ -21,7 +21,7 @@ def make_ucf101(root: Path) -> None:
     for place, name in enumerate(names):
         file = root / "UCF-101" / name
         write_video(file.with_suffix(".mkv"), pictures(8, first=10 * place))
-        file.with_suffix(".mkv").rename(file)  # FFmpeg goes by content
+        file.with_suffix(".mkv").rename(file)  # FFmpeg looks at the content
     (lists / "classInd.txt").write_text("1 ApplyEyeMakeup\n2 YoYo\n")
     (lists / "trainlist01.txt").write_text(f"{names[1]} 1\r\n{names[3]} 2\r\n../../etc/v_x_g01_c01.avi 1\r\n")
     (lists / "testlist01.txt").write_text(f"{names[0]}\n{names[2]}\n")

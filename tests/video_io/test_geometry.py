@@ -31,7 +31,7 @@ def test_geometry_sizes(aspect: Aspect, size: tuple[int, int], model_size: tuple
         assert inner.shape == (*model_size, channels)
         for output in (geometry.from_model(inner), geometry.input_to_output(frame)):
             assert output.shape == (*geometry.output_size, channels)
-            assert (output == 77).all()  # and none of the bars
+            assert (output == 77).all()  # no black bars
     height, width = geometry.output_size
     if aspect is Aspect.CROP:
         assert height == size[0] or width == size[1]
@@ -43,7 +43,7 @@ def test_geometry_sizes(aspect: Aspect, size: tuple[int, int], model_size: tuple
 @pytest.mark.parametrize("size", SIZES[:4])
 @pytest.mark.parametrize("aspect", Aspect)
 def test_old_and_new_frames_match(aspect: Aspect, size: tuple[int, int]) -> None:
-    """What comes back from the model shows the scene where the input had it."""
+    """What comes back from the model is aligned with the input."""
     geometry = Geometry(size, (96, 96), aspect)
     frame = make_clip(1, *size)[0]
     assert psnr(geometry.from_model(geometry.to_model(frame)), geometry.input_to_output(frame)) > 30
@@ -57,7 +57,7 @@ def test_equal_sizes_change_nothing(aspect: Aspect) -> None:
         assert np.array_equal(change(frame), frame)
 
 
-def test_where_the_picture_goes() -> None:
+def test_placement_of_the_picture() -> None:
     frame = np.zeros((10, 20, 3), np.uint8)
     frame[:, 5:15] = 200
     assert (Geometry((10, 20), (10, 10), Aspect.CROP).to_model(frame) == 200).all()

@@ -149,7 +149,7 @@ def test_phone_video_is_turned_upright(tmp_path: Path) -> None:
 
 
 def encode(path: Path, frames: list[Frame], codec: str, pixels: str, milliseconds: list[int]) -> None:
-    """A video that this package would not write itself."""
+    """A video that this package would not write."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=8)
         assert isinstance(stream, av.VideoStream)
@@ -190,7 +190,7 @@ def test_video_without_pictures(tmp_path: Path) -> None:
         open_reader(tmp_path / "sound.wav")
 
 
-def test_closed_reader_gives_no_more(tmp_path: Path) -> None:
+def test_closed_reader_gives_no_more_frames(tmp_path: Path) -> None:
     save(tmp_path / "clip.mp4", make_clip())
     with open_reader(tmp_path / "clip.mp4") as reader:
         next(reader)

@@ -43,7 +43,7 @@ def test_lossy_formats(tmp_path: Path, name: str, fps: float) -> None:
 
 @pytest.mark.parametrize("name", LOSSY)
 def test_odd_sizes(tmp_path: Path, name: str) -> None:
-    """H.264 repeats the last row and column; the others keep the size."""
+    """H.264 repeats the last row and column; the other formats keep the size."""
     clip = make_clip(4, 47, 63)
     save(tmp_path / name, clip)
     if name in ("clip.mp4", "clip.mkv"):
@@ -51,7 +51,7 @@ def test_odd_sizes(tmp_path: Path, name: str) -> None:
     assert_close(load(tmp_path / name), clip, LOSSY[name])
 
 
-def test_passing_many_times_keeps_the_brightness(tmp_path: Path) -> None:
+def test_repeated_conversion_keeps_the_brightness(tmp_path: Path) -> None:
     first = frames = make_clip(2)
     for turn in range(8):
         save(tmp_path / f"{turn}.y4m", frames)
@@ -94,13 +94,13 @@ def test_npz_is_plain_numpy(tmp_path: Path) -> None:
     assert np.array_equal(load(tmp_path / "gray.npz")[2], np.repeat(clip[2][..., :1], 3, axis=2))
 
 
-def test_format_overrules_the_suffix(tmp_path: Path) -> None:
+def test_format_overrides_the_suffix(tmp_path: Path) -> None:
     save(tmp_path / "clip.bin", make_clip(), format="y4m")
     assert (tmp_path / "clip.bin").read_bytes().startswith(b"YUV4MPEG2")
     save(tmp_path / "frames", make_clip(2), format="png")
     assert sorted(os.listdir(tmp_path / "frames")) == ["frame_000000.png", "frame_000001.png"]
 
 
-def test_every_format_is_tried_here() -> None:
+def test_every_format_is_tested() -> None:
     tried = {name.rpartition(".")[2] for name in (*LOSSY, *EXACT)} - {"clip/"} | {"png"}
     assert tried == {kind.value for kind in OutputFormat}

@@ -53,7 +53,7 @@ def test_frames_come_through_a_pipe_before_it_ends(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["y4m", "mkv"])
-def test_a_closed_pipe_is_a_broken_pipe_error_and_no_more(format: str) -> None:
+def test_a_closed_pipe_raises_a_broken_pipe_error_and_prints_nothing(format: str) -> None:
     code = f"""
 import numpy as np
 try:
@@ -138,6 +138,6 @@ def test_standard_input_without_a_video(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("format", ["mp4", "gif", "npz", "png"])
-def test_formats_that_no_pipe_can_take(format: str) -> None:
+def test_formats_that_a_pipe_cannot_take(format: str) -> None:
     with pytest.raises(UsageError, match="use y4m, mkv"):
         open_writer("-", format=format, fps=8)

@@ -136,7 +136,7 @@ def test_wrong_frames(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> Non
     assert len(load(tmp_path / "clip.npz")) == 1
 
 
-def test_names_mean_nothing_to_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ffmpeg_does_not_interpret_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("clip%03d.mp4", "concat:a|b.mkv", "http:clip.gif", "-clip.y4m", "pipe:1.mp4", "a\nb é.mp4", "x%d.npz"):
         save(name, make_clip(2))

@@ -22,7 +22,7 @@ NTSC = Fraction(30000, 1001)
 
 
 def make_clip(count: int = 6, height: int = 48, width: int = 64) -> list[Frame]:
-    """Smooth colours that drift, every frame different, no symmetry."""
+    """Smooth drifting colours without symmetry; every frame is different."""
     y, x = np.mgrid[0:height, 0:width]
     return [
         np.stack([40 + x * 3 - i * 2, 30 + y * 4 - i, 128 + 60 * np.sin((x + 2 * y) / 25 + i / 3)], -1)
