@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import UsageError, UserError
+from .errors import UsageError, UserError, first_line
 
 WRAPPERS = ("ema", "model", "state_dict")
 """Keys under which training programs nest a state dict."""
@@ -74,8 +74,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             temporary.unlink()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); check permissions and free space") from None
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); check permissions and free space") from None
 
 
 def _umask() -> int:

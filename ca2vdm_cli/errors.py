@@ -1,13 +1,16 @@
-"""The one error a user may cause. Anything else that reaches the terminal as a traceback is a bug of ours."""
+"""Errors that a user can cause. Any other exception that reaches the terminal as a traceback is a bug."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """A request that cannot be carried out: one line that says what, where, and what to do.
 
     Args:
-        message: the line, without a trailing period-separated essay.
+        message: the line, without a final period.
         exit_code: 1 for a run that failed, 2 for a request that was wrong before anything ran.
     """
 
@@ -24,5 +27,25 @@ class UsageError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message; the error's name where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Why something failed: the operating system's or the library's words, their first line; else the error's name."""
+    text = getattr(error, "strerror", None) or getattr(error, "err", None) or str(error)
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def as_user_error(failure: str, advice: str = "", errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Turn an error in the block into a ``UserError`` of one line: ``failure (reason); advice``.
+
+    A broken pipe passes unchanged: it means that whoever read the output has gone.
+
+    Args:
+        failure: what failed, such as ``out.mp4: cannot be written``.
+        advice: what to do about it.
+        errors: the errors to turn.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except errors as error:
+        raise UserError(f"{failure} ({first_line(error)}){advice and f'; {advice}'}") from error

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP at a moment that suits: between two training steps, between two frames of a file."""
+"""Hold Ctrl-C, SIGTERM and SIGHUP back until a safe moment: between two training steps, or two frames of a file."""
 
 from __future__ import annotations
 
@@ -14,57 +14,27 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], bool]]:
     """Hold back an interrupt until the end of the block, where it raises ``KeyboardInterrupt``; a second one does so at
-    once. Yields a function that tells whether one waits.
+    once. Yields a function that tells whether one is being held.
 
-    Signals that are ignored, as under nohup, stay so. Threads other than the main one get none.
+    Ignored signals, such as SIGHUP under nohup, stay ignored. In threads other than the main one this does nothing,
+    since Python handles signals in the main thread only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    waiting: list[int] = []
+    held: list[int] = []
 
     def hold(number: int, frame: FrameType | None) -> None:
-        if waiting:
+        if held:
             raise KeyboardInterrupt
-        waiting.append(number)
+        held.append(number)
 
-    with _handled_by(hold):
-        yield lambda: bool(waiting)
-    if waiting:
-        raise KeyboardInterrupt
-
-
-@contextmanager
-def noted_interrupts(
-    silent_at: Callable[[FrameType], bool] = lambda frame: False,
-) -> Iterator[Callable[[], bool]]:
-    """Interrupts raise ``KeyboardInterrupt`` as ever, and are noted: a library that calls back may drop what is raised
-    there. Yields a function that tells whether there was one.
-
-    Args:
-        silent_at: where in the program they are noted only.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    noted: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        if frame is None or not silent_at(frame):
-            raise KeyboardInterrupt
-
-    with _handled_by(note):
-        yield lambda: bool(noted)
-
-
-@contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Interrupts that are not ignored go to ``handler``."""
-    heard = [number for number in NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in heard}
+    active = [number for number in NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hold) for number in active}
     try:
-        yield
+        yield lambda: bool(held)
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held:
+        raise KeyboardInterrupt

@@ -21,7 +21,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .config import Preset
-from .errors import UsageError
+from .errors import UsageError, first_line
 from .plugins import Registry, autoencoders, metrics, readers
 
 DEFAULT_PRESET = "moving-digits"
@@ -174,7 +174,7 @@ def _read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UsageError(f"{path}: cannot be read ({first_line(error)})") from error
     if len(data) > MAX_BYTES:
         raise UsageError(f"{path}: larger than {MAX_BYTES // 1024} KiB, so not a preset")
     mapping = _parse(data, str(path))

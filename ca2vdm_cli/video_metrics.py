@@ -1,6 +1,6 @@
-"""Metrics: how near generated frames are to true ones.
+"""Metrics that compare generated frames with the true ones.
 
-Shapes: T frames, H, W pixels, C channels.
+Shapes: T frames, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .video_io import Frame
 
 
 class Metric(ABC):
-    """A number for a video beside the true one. Register an instance (hook ``ca2vdm_register_metrics``)."""
+    """Scores a generated video against the true one. Register an instance (hook ``ca2vdm_register_metrics``)."""
 
     name: str
     """What users type in ``training.validation_metrics``."""
@@ -25,12 +25,12 @@ class Metric(ABC):
     higher_is_better: bool = True
 
     @abstractmethod
-    def measure(self, made: Frame, true: Frame) -> float:
-        """Compare two videos.
+    def measure(self, generated: Frame, true: Frame) -> float:
+        """Score one video.
 
         Args:
-            made: generated frames (T, H, W, C) uint8.
-            true: the frames that they should be, of the same shape.
+            generated: generated frames (T, H, W, C) uint8.
+            true: the true frames, of the same shape.
         """
 
 
@@ -40,8 +40,8 @@ class PeakSignalToNoiseRatio(Metric):
     name = "psnr"
     description = "peak signal-to-noise ratio in dB, mean over the frames"
 
-    def measure(self, made: Frame, true: Frame) -> float:
-        return float(np.mean([cv2.PSNR(one, other) for one, other in zip(made, true, strict=True)]))
+    def measure(self, generated: Frame, true: Frame) -> float:
+        return float(np.mean([cv2.PSNR(one, other) for one, other in zip(generated, true, strict=True)]))
 
 
 psnr = PeakSignalToNoiseRatio()

@@ -59,7 +59,7 @@ def clip(count: int, height: int = 32, width: int = 32) -> list[Frame]:
 
 def batch(source: ClipSource, index: int, size: int, frames: int) -> Tensor:
     """The clips ``index`` to ``index + size - 1`` as one (B, T, C, H, W) tensor."""
-    return torch.stack([source.clip(i, frames) for i in range(index, index + size)])
+    return torch.stack([source.clip(i, frames).frames for i in range(index, index + size)])
 
 
 def gray(frames: list[Frame]) -> list[Frame]:

@@ -1,20 +1,19 @@
-"""Ctrl-C and SIGTERM at a moment that suits."""
+"""Ctrl-C and SIGTERM, held back until a safe moment."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 
 import pytest
 
-from ca2vdm_cli.interrupts import NUMBERS, held_interrupts, noted_interrupts
+from ca2vdm_cli.interrupts import NUMBERS, held_interrupts
 
 
 @pytest.fixture(autouse=True)
-def heard() -> Iterator[None]:
-    """No signal is ignored, as SIGHUP is under nohup."""
+def no_signal_is_ignored() -> Iterator[None]:
+    """Not even SIGHUP, which nohup ignores."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in NUMBERS}
     yield
     for number, handler in before.items():
@@ -71,17 +70,6 @@ def test_an_error_is_not_hidden_by_an_interrupt() -> None:
 
     with pytest.raises(ZeroDivisionError):
         work()
-
-
-def test_an_interrupt_that_was_dropped_is_still_known() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with noted_interrupts() as interrupted:
-        assert not interrupted()
-        with suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-            pytest.fail("it was not raised")
-        assert interrupted()
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_threads_get_no_interrupts() -> None:

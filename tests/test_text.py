@@ -23,6 +23,7 @@ from ca2vdm_cli import text_encoder
 from ca2vdm_cli.__main__ import main
 from ca2vdm_cli.autoencoder import Autoencoder
 from ca2vdm_cli.config import ModelConfig, TextConfig
+from ca2vdm_cli.data import Clip
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.generate.context import make_context
 from ca2vdm_cli.generate.loop import Caption, SeededNoise, generate
@@ -154,14 +155,12 @@ class Shades:
     def __init__(self, captions: Sequence[str | None] = ("a white square", "a black square")) -> None:
         self.captions = captions
 
-    def clip(self, index: int, frames: int) -> Tensor:
-        return torch.full((frames, 1, 32, 32), 1.0 if index % 2 == 0 else -1.0)
+    def clip(self, index: int, length: int) -> Clip:
+        frames = torch.full((length, 1, 32, 32), 1.0 if index % 2 == 0 else -1.0)
+        return Clip(frames, self.captions[index % len(self.captions)])
 
     def crop(self, index: int, side: int) -> Tensor:
         raise AssertionError("no pictures are needed")
-
-    def caption(self, index: int) -> str | None:
-        return self.captions[index % len(self.captions)]
 
 
 class Shrink(Autoencoder):

@@ -13,7 +13,7 @@ from ca2vdm_cli.bench.plots import draw, require_matplotlib
 from ca2vdm_cli.bench.report import TIME, WORK, as_csv, as_html, costs_table, notes, verdict, warnings
 from ca2vdm_cli.bench.results import BackendRun, Report
 from ca2vdm_cli.config import TemporalPositions
-from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.errors import UsageError, as_user_error
 from ca2vdm_cli.generate.context import contexts
 from ca2vdm_cli.loading import find_weights
 from ca2vdm_cli.model.temporal_window import TemporalWindow
@@ -152,10 +152,8 @@ def _check_outputs(outputs: list[Path]) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
+    with as_user_error(f"{path}: cannot be written"):
         path.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _measure(pipeline: Pipeline, settings: Settings, *, quiet: bool) -> BackendRun:

@@ -1,4 +1,4 @@
-"""``train --check-data``: reads a data set as training would, and says what is in it."""
+"""``train --check-data``: reads a data set as training would, and reports what is in it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from rich.markup import escape
 
 from ca2vdm_cli.config import Crop, DataConfig
 from ca2vdm_cli.data import Layout, Video, read_layout
+from ca2vdm_cli.data.clips import list_reasons, too_short
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.loading import find_weights
 from ca2vdm_cli.terminal import ProgressBar, console, note, print_json, table
 
 ROWS = 20
-"""Rejects that the table names; ``--json`` has all."""
+"""How many rejects the table lists; ``--json`` lists all."""
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What one usable video is."""
+class _Facts:
+    """What was found out about a usable video."""
 
     frames: int
     size: tuple[int, int]
@@ -38,43 +39,42 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Count clips, hours, resolutions, frame rates, captions and rejects; decodes two frames of every video.
+    """Count clips, hours, resolutions, frame rates, captions and rejects. Decodes two frames of each video.
 
     Raises:
-        UsageError: there is nothing to read, or it is not what ``data.format`` says.
-        UserError: nothing in it is usable; the message gives the reasons.
+        UsageError: there is nothing to read, or it does not have the layout ``data.format``.
+        UserError: no video is usable; the message gives the reasons.
     """
     loaded, _ = find_weights(preset, checkpoint, overrides)
     config = loaded.config
     if config.video is None:
-        raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
+        raise UsageError(f"preset {loaded.name}: it works on latents only and cannot read videos")
     if data is None:
         raise UsageError("--check-data: the preset's synthetic data needs no check; name a data set with --data")
     frames = config.clip_frames
     settings = config.data if aspect is None else replace(config.data, crop=Crop(aspect))
     span = (frames - 1) * settings.stride + 1
     layout = read_layout(data, settings)
-    found, rejects = _read(layout, span, quiet)
-    if not found:
-        reasons = [f"{name}: {reason}" for name, reason in list(rejects.items())[:3]]
-        more = f"; and {len(rejects) - 3} more" if len(rejects) > 3 else ""
-        raise UserError(f"{data}: no usable video ({'; '.join(reasons) or 'no video files'}{more})")
-    sizes = Counter(f"{width}x{height}" for height, width in (video.size for video in found.values()))
-    rates = Counter("none" if video.fps is None else f"{video.fps:.4g}" for video in found.values())
-    captions = sum(video.caption is not None for video in layout.videos if video.name in found)
-    different = {(v.file, v.part): found[v.name] for v in layout.videos if v.name in found}  # of any caption
-    seconds = sum(video.frames / (video.fps or config.video.fps) for video in different.values())
+    usable, rejects = _examine_all(layout, span, quiet)
+    if not usable:
+        raise UserError(f"{data}: no usable video ({list_reasons(rejects) or 'no video files'})")
+    sizes = Counter(f"{width}x{height}" for height, width in (video.size for video in usable.values()))
+    rates = Counter("none" if video.fps is None else f"{video.fps:.4g}" for video in usable.values())
+    captions = sum(video.caption is not None for video in layout.videos if video.name in usable)
+    # a video that a list names with several captions counts once
+    distinct = {(video.file, video.part): usable[video.name] for video in layout.videos if video.name in usable}
+    seconds = sum(video.frames / (video.fps or config.video.fps) for video in distinct.values())
     report = {
         "data": str(data),
         "format": layout.format,
         "videos": len(layout.videos),
-        "usable_videos": len(found),
-        "frames": sum(video.frames for video in different.values()),
+        "usable_videos": len(usable),
+        "frames": sum(video.frames for video in distinct.values()),
         "hours": seconds / 3600,
         "clip_frames": frames,
         "stride": settings.stride,
-        "clips": sum(video.frames // span for video in found.values()),
-        "start_positions": sum(video.frames - span + 1 for video in found.values()),
+        "clips": sum(video.frames // span for video in usable.values()),
+        "start_positions": sum(video.frames - span + 1 for video in usable.values()),
         "resolutions": dict(sizes.most_common()),
         "frame_rates": dict(rates.most_common()),
         "captions": captions,
@@ -88,27 +88,27 @@ def run(
     _show(report, settings, sizes, rates, rejects)
 
 
-def _read(layout: Layout, span: int, quiet: bool) -> tuple[dict[str, _Found], dict[str, str]]:
-    """The usable videos by name, and why the others are not."""
-    found: dict[str, _Found] = {}
+def _examine_all(layout: Layout, span: int, quiet: bool) -> tuple[dict[str, _Facts], dict[str, str]]:
+    """The usable videos by name, and why the others are not usable."""
+    usable: dict[str, _Facts] = {}
     rejects = dict(layout.rejects)
     total = len(layout.videos)
     with ProgressBar("reading", total, total, quiet=quiet, unit="videos") as bar:
         for done, video in enumerate(layout.videos, 1):
             try:
-                one = _examine(video)
-                if one.frames < span:
-                    rejects[video.name] = f"{one.frames} frames, a clip has {span}"
+                facts = _examine(video)
+                if facts.frames < span:
+                    rejects[video.name] = too_short(facts.frames, span)
                 else:
-                    found[video.name] = one
+                    usable[video.name] = facts
             except UserError as error:
-                rejects[video.name] = str(error).removeprefix(f"{video.file}: ")
+                rejects[video.name] = video.reason(error)
             bar.advance(finished=done)
-    return found, rejects
+    return usable, rejects
 
 
-def _examine(video: Video) -> _Found:
-    """Look at a video, and decode its first and last frame; raises UserError."""
+def _examine(video: Video) -> _Facts:
+    """Look at a video, and decode its first and last frames; raises UserError."""
     look, frames = video.look(), video.count()
     size = look.size
     for number in {0, max(0, frames - 1)}:
@@ -117,7 +117,7 @@ def _examine(video: Video) -> _Found:
             raise UserError(f"{video.file}: frame {number + 1} of {frames} cannot be decoded")
         size = size or (picture.shape[0], picture.shape[1])
     assert size is not None
-    return _Found(frames, size, None if look.fps is None else float(look.fps))
+    return _Facts(frames, size, None if look.fps is None else float(look.fps))
 
 
 def _show(
@@ -129,7 +129,7 @@ def _show(
 ) -> None:
     rows = [
         ["format", f"{report['format']}, split {settings.split.value}"],
-        ["videos", f"{report['videos']}, of which {report['usable_videos']} usable"],
+        ["videos", f"{report['videos']}, {report['usable_videos']} of them usable"],
         ["length", f"{report['frames']} frames, {report['hours']:.3g} hours"],
         [
             "clips",
@@ -147,4 +147,4 @@ def _show(
         shown = [[escape(name), escape(reason)] for name, reason in list(rejects.items())[:ROWS]]
         out.print(table(["reject", "reason"], shown))
     if len(rejects) > ROWS:
-        note(f"  and {len(rejects) - ROWS} more; --json names them all")
+        note(f"  and {len(rejects) - ROWS} more; --json lists them all")

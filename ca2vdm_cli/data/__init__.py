@@ -1,31 +1,36 @@
-"""Clips to learn from: what a clip source is, the sources there are, and how their batches are made ahead.
+"""Training data: sources of clips, and batches of clips.
 
-A reader (``readers``) turns a path into ``Video`` entries; ``VideoClips`` (``clips``) draws clips from entries of any
-kind (``videos``); ``MovingDigits`` (``digits``) makes clips on the fly; ``LatentClips`` (``latents``) draws from a
-cache of encoded videos; ``ClipLoader`` (``loader``) makes batches of any of them in worker processes.
+A reader (``readers``) lists the videos in a path as ``Video`` objects (``videos``). ``VideoClips`` (``clips``) draws
+clips from them, ``LatentClips`` (``latents``) draws clips from a cache of encoded videos, and ``MovingDigits``
+(``digits``) synthesizes clips. ``ClipLoader`` (``loader``) makes batches of any ``ClipSource`` (``source``), ahead of
+time in worker processes.
 """
 
 from .clips import Clips, VideoClips
 from .digits import TILE, MovingDigits, digit_images
 from .latents import CacheReport, LatentClips, cache_latents
 from .loader import Batch, ClipLoader
-from .readers import Layout, open_clips, read_layout
-from .source import ClipSource
-from .videos import Look, Video
+from .readers import Layout, Reader, open_clips, read_layout
+from .source import Clip, ClipSource
+from .videos import ImageFolder, Look, Video, VideoFile
 
 __all__ = [
     "TILE",
     "Batch",
     "CacheReport",
+    "Clip",
     "ClipLoader",
     "ClipSource",
     "Clips",
+    "ImageFolder",
     "LatentClips",
     "Layout",
     "Look",
     "MovingDigits",
+    "Reader",
     "Video",
     "VideoClips",
+    "VideoFile",
     "cache_latents",
     "digit_images",
     "open_clips",

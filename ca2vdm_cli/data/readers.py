@@ -1,4 +1,4 @@
-"""Readers: which videos a path holds, for each layout that data sets come in.
+"""Readers list the videos of a data set, one reader for each layout on disk.
 
 Names inside lists (UCF-101, JSONL) are not trusted: a name that is absolute, or leads out of the folder, is rejected.
 """
@@ -10,11 +10,11 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ca2vdm_cli.config import DataConfig, Preset, Split
-from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.errors import UsageError, UserError, as_user_error
 from ca2vdm_cli.plugins import AUTO, Registry
 from ca2vdm_cli.plugins import readers as _readers
 from ca2vdm_cli.video_io import IMAGE_SUFFIXES, natural_order
@@ -28,13 +28,13 @@ from .videos import ArrayVideo, ImageFolder, RecordVideo, Video, VideoFile, open
 VIDEO_SUFFIXES = frozenset(
     (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv", ".y4m")
 )
-"""What is taken for a video in a folder."""
+"""Suffixes of video files in a folder."""
 RECORD_SUFFIXES = frozenset((".tfrecord", ".tfrecords"))
-"""What is taken for a TFRecord file."""
+"""Suffixes of TFRecord files."""
 SYNTHETIC = "moving-digits"
-"""The value of ``data.format`` for the preset's ``synthetic_data``, which no reader reads."""
+"""The value of ``data.format`` for the preset's ``synthetic_data``, which needs no reader."""
 LINE = 2**20
-"""Bytes of the longest line of a list."""
+"""Longest line of a list in bytes."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _UCF_LISTS = "ucfTrainTestlist"
 _UCF_LINE = re.compile(r"([A-Za-z0-9]+)/(v_[A-Za-z0-9]+_g\d+_c\d+\.avi)(?: \d+)?")
@@ -42,39 +42,48 @@ _UCF_LINE = re.compile(r"([A-Za-z0-9]+)/(v_[A-Za-z0-9]+_g\d+_c\d+\.avi)(?: \d+)?
 
 @dataclass(frozen=True)
 class Layout:
-    """What a data set holds."""
+    """The contents of a data set."""
 
     format: str
-    """How it lies on disk."""
+    """Name of the reader."""
     videos: tuple[Video, ...]
-    """Its videos, in an order that depends on their names only."""
-    rejects: dict[str, str]
-    """What should have been a video and is none: reasons by name."""
+    """The videos, in an order that depends on their names only."""
+    rejects: dict[str, str] = field(default_factory=dict)
+    """Entries that should have been videos but cannot be used: reasons by name."""
 
 
 class Reader(ABC):
-    """Knows one layout that data sets come in. Register an instance (hook ``ca2vdm_register_readers``)."""
+    """Lists the videos of data sets that have one particular layout.
+
+    Register an instance: ``ca2vdm_cli.readers.register(MyReader())``, or in a plug-in the hook
+    ``ca2vdm_register_readers``. Most readers need only the ``Video`` classes of ``ca2vdm_cli.data``, such as
+    ``VideoFile(name, caption, path)``. A ``Video`` class of your own is pickled for worker processes.
+    """
 
     name: str
-    """The value of ``data.format`` in a preset."""
+    """The value of ``data.format`` that selects this reader."""
     description: str
     """One line."""
 
     def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
-        """Whether ``data.format: auto`` should choose this reader.
+        """Whether ``data.format: auto`` should choose this reader. Plug-ins are asked before the built-in readers.
 
         Args:
             path: a file or folder.
-            suffixes: of the file, or of all files in the folder, in lower case with the dot.
+            suffixes: the suffix of the file, or of all files in the folder, in lower case with the dot.
         """
         return False
 
     @abstractmethod
     def read(self, path: Path, data: DataConfig) -> Layout:
-        """The videos of a data set. Opens lists and indexes, and no video.
+        """List the videos of a data set. Opens lists and indexes, but no video.
+
+        Args:
+            path: a file or folder, which exists.
+            data: the preset's ``data`` section, with ``split`` and ``split_list``.
 
         Raises:
-            UsageError: a path that is not of this layout, or has no such split.
+            UsageError: the path does not have this layout, or no such split.
             UserError: a list or index cannot be read.
         """
 
@@ -83,100 +92,92 @@ readers: Registry[Reader] = _readers
 """All readers by name."""
 
 
-def open_clips(
-    path: Path | None,
-    config: Preset,
-    seed: int,
-    frames: int,
-) -> ClipSource:
-    """Clips of a data set at a preset's size, drawn as its ``data`` section says.
+def open_clips(path: Path | None, config: Preset, seed: int, frames: int) -> ClipSource:
+    """Clips of a data set at a preset's frame size, drawn as its ``data`` section says.
 
     Args:
         path: a folder or file; None for the preset's synthetic data.
-        config: the preset, which has a ``video`` section.
-        seed: of the drawing.
-        frames: the length of the longest clip to come.
+        config: a preset with a ``video`` section.
+        seed: seed of the random draws.
+        frames: length of the longest clip that will be drawn.
 
     Raises:
-        UsageError: no such path, or one that is not what ``data.format`` says.
-        UserError: nothing in it is usable; the message gives the reasons.
+        UsageError: there is no such path, or it does not have the layout ``data.format``.
+        UserError: no video in it is usable; the message gives the reasons.
     """
     if config.video is None:
-        raise UsageError("video: this preset has no such section, it works on latents only, and there is no data")
+        raise UsageError("video: this preset has no such section; it works on latents only and cannot read videos")
     data = config.data
     if path is None:
         if config.synthetic_data is None:
-            raise UsageError("synthetic_data: this preset has none; name a folder of videos with --data")
+            raise UsageError("synthetic_data: this preset has no such section; name a folder of videos with --data")
         return MovingDigits(config.synthetic_data, config.video, seed)
     layout = read_layout(path, data)
     return VideoClips(str(path), layout.videos, layout.rejects, config.video, data, seed, frames)
 
 
 def read_layout(path: Path, data: DataConfig) -> Layout:
-    """The videos of a data set. Opens lists and indexes, and no video.
+    """List the videos of a data set. Opens lists and indexes, but no video.
 
     Args:
         path: a folder or file.
-        data: ``format``, ``split`` and ``split_list`` matter.
+        data: the preset's ``data`` section, of which ``format``, ``split`` and ``split_list`` are used.
 
     Raises:
-        UsageError: no such path, or one that is not what ``data.format`` says, or has no such split.
+        UsageError: there is no such path, or it does not have the layout ``data.format``, or no such split.
         UserError: a list or index cannot be read.
     """
     if data.format == SYNTHETIC:
-        raise UsageError(f"{path}: data.format {SYNTHETIC} is made on the fly; leave out --data")
+        raise UsageError(f"{path}: data.format {SYNTHETIC} is synthesized on the fly; leave out --data")
     if not os.path.exists(path):
         raise UsageError(f"{path}: no such file or folder; --data takes a video, a list, or a folder of videos")
     if data.format != AUTO:
         readers.check(data.format, "data.format")
-    reader = _guess(path) if data.format == AUTO else readers[data.format]
-    try:
+    with as_user_error(f"{path}: cannot be read", "check its permissions"):
+        reader = _guess(path) if data.format == AUTO else readers[data.format]
         return reader.read(path, data)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
+# --- finding files ----------------------------------------------------------------------------------------------------
 
 
 def _guess(path: Path) -> Reader:
-    """The reader that recognizes the files: those of plug-ins are asked first, and videos is the last resort."""
+    """The first reader that recognizes the files, those of plug-ins first; ``videos`` if none does."""
     suffixes = frozenset(file.suffix.lower() for file in (_files(path) if path.is_dir() else [path]))
-    added = [name for name in readers if not readers.is_builtin(name)]
-    for name in (*added, *(name for name in readers if readers.is_builtin(name))):
+    for name in sorted(readers, key=readers.is_builtin):
         if readers[name].recognizes(path, suffixes):
             return readers[name]
     return readers["videos"]
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files in a folder and its subfolders, but hidden ones."""
+    """All files in a folder and its subfolders, except hidden ones."""
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
         yield from (Path(place, name) for name in names if name[0] != ".")
 
 
 def _find(path: Path, suffixes: frozenset[str], split: Split) -> list[Path]:
-    """Files with such a suffix: ``path`` itself, or those in it that belong to the split, sorted."""
+    """``path`` itself if it is a file, else the files in it with these suffixes that belong to the split, sorted."""
     if path.is_file():
-        _need_everything(path, split)
+        _refuse_test_split(path, split)
         return [path]
     files = (file for root in _roots(path, split) for file in _files(root))
     return sorted(file for file in files if file.suffix.lower() in suffixes and file.is_file())  # not a named pipe
 
 
 def _roots(path: Path, split: Split) -> list[Path]:
-    """The subfolders of a split (``train``, ``sky_train``, …), or the folder itself where it has no such parts."""
+    """The subfolders of a split (``train``, ``sky_train``, …), or the folder itself if it is not split."""
     parts = None if split is Split.ALL else _parts(path)
     if parts is None:
         if split is not Split.ALL:
-            _need_everything(path, split)
+            _refuse_test_split(path, split)
         return [path]
     return parts[split]
 
 
 def _parts(path: Path) -> dict[Split, list[Path]] | None:
-    """The subfolders of both splits; of the only subfolder, too, since archives unpack to one."""
+    """The subfolders of both splits, also inside an only subfolder, since archives unpack to one; else None."""
     inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
     parts = {
         split: [folder for folder in inner if re.fullmatch(rf"(.*[_-])?{split.value}(ing)?", folder.name.lower())]
@@ -187,7 +188,7 @@ def _parts(path: Path) -> dict[Split, list[Path]] | None:
     return _parts(inner[0]) if len(inner) == 1 else None
 
 
-def _need_everything(path: Path, split: Split) -> None:
+def _refuse_test_split(path: Path, split: Split) -> None:
     if split is Split.TEST:
         raise UsageError(f"data.split: {path} has no folders train and test; use train or all, or name another folder")
 
@@ -203,7 +204,7 @@ def _is_safe(name: str) -> bool:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a list that are not empty, with their numbers.
+    """The non-empty lines of a list, with their numbers.
 
     Raises:
         UserError: a line is too long, or not UTF-8.
@@ -226,7 +227,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _ucf_lists(path: Path) -> Iterator[Path]:
-    """Where the official lists may be, if they are there."""
+    """The folders that hold the official lists."""
     for folder in (path / _UCF_LISTS, path):
         if (folder / "trainlist01.txt").is_file():
             yield folder
@@ -250,7 +251,7 @@ class FramesReader(Reader):
     """Folders of images."""
 
     name = "frames"
-    description = "folders of images, each a video (SkyTimelapse, BAIR as images)"
+    description = "folders of images, one folder per video (SkyTimelapse, BAIR as images)"
 
     def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
         return path.is_dir() and bool(suffixes & IMAGE_SUFFIXES)
@@ -281,20 +282,20 @@ class Ucf101Reader(Reader):
         lists = next(_ucf_lists(path), None)
         if lists is None:
             raise UsageError(
-                f"{path}: no {_UCF_LISTS}/trainlist01.txt there; unpack the official lists beside the videos"
+                f"{path}: has no {_UCF_LISTS}/trainlist01.txt; unpack the official lists beside the videos"
             )
         root = next((place for place in (path / "UCF-101", path / "UCF101", path / "videos") if place.is_dir()), path)
-        kinds = [part for part in (Split.TRAIN, Split.TEST) if data.split in (part, Split.ALL)]
+        splits = [split for split in (Split.TRAIN, Split.TEST) if data.split in (split, Split.ALL)]
         videos: dict[str, Video] = {}
         rejects: dict[str, str] = {}
-        for kind in kinds:
-            list_ = lists / f"{kind.value}list{data.split_list:02}.txt"
-            if not list_.is_file():
-                raise UsageError(f"{list_}: no such list; unpack all of {_UCF_LISTS}")
-            for number, line in _lines(list_):
+        for split in splits:
+            list_file = lists / f"{split.value}list{data.split_list:02}.txt"
+            if not list_file.is_file():
+                raise UsageError(f"{list_file}: no such list; unpack all of {_UCF_LISTS}")
+            for number, line in _lines(list_file):
                 match = _UCF_LINE.fullmatch(line)
                 if match is None:
-                    rejects[f"{list_.name} line {number}"] = "not a line such as Class/v_Class_g01_c01.avi 1"
+                    rejects[f"{list_file.name} line {number}"] = "not a line such as Class/v_Class_g01_c01.avi 1"
                     continue
                 name = f"{match[1]}/{match[2]}"
                 words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", match[1])
@@ -350,43 +351,41 @@ class JsonLinesReader(Reader):
     """Lists in JSON Lines."""
 
     name = "jsonl"
-    description = "a file whose lines have path and perhaps text (MSR-VTT and the like)"
+    description = "a file whose lines have a path and optionally a text (MSR-VTT and the like)"
 
     def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
         return path.is_file() and ".jsonl" in suffixes
 
     def read(self, path: Path, data: DataConfig) -> Layout:
         if not path.is_file():
-            raise UsageError(f"{path}: not a file; data.format jsonl takes the file, whose folder has the videos")
-        _need_everything(path, data.split)
+            raise UsageError(f"{path}: not a file; data.format jsonl takes a .jsonl file in the videos' folder")
+        _refuse_test_split(path, data.split)
         videos: list[Video] = []
         rejects: dict[str, str] = {}
         for number, line in _lines(path):
-            where = f"line {number}"
+            label = f"line {number}"
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
-                rejects[where] = "not JSON"
+                rejects[label] = "not JSON"
                 continue
             name, text = (entry.get("path"), entry.get("text")) if isinstance(entry, dict) else (None, None)
             if any(isinstance(one, str) and _SURROGATE.search(one) for one in (name, text)):
-                rejects[where] = "has half a character (a surrogate), which no text can hold"
+                rejects[label] = "has half a character (a lone surrogate)"
                 continue
             if not isinstance(name, str) or not (text is None or isinstance(text, str)):
-                rejects[where] = "needs an object with path, a string, and perhaps text, another"
+                rejects[label] = "needs an object with a string path and, optionally, a string text"
             elif not _is_safe(name):
-                rejects[where] = "path must be relative and stay in the list's folder"
+                rejects[label] = "path must be relative and stay in the list's folder"
             elif os.path.isdir(file := path.parent / name):
-                images = [
-                    image for image in file.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES and image.is_file()
-                ]
-                if images:
-                    names = tuple(sorted((image.name for image in images), key=natural_order))
-                    videos.append(ImageFolder(f"{where}: {name}", text, file, names))
+                images = [image for image in file.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES]
+                names = tuple(sorted((image.name for image in images if image.is_file()), key=natural_order))
+                if names:
+                    videos.append(ImageFolder(f"{label}: {name}", text, file, names))
                 else:
-                    rejects[where] = f"{name} is a folder without images"
+                    rejects[label] = f"{name} is a folder without images"
             else:
-                videos.append(VideoFile(f"{where}: {name}", text, file))
+                videos.append(VideoFile(f"{label}: {name}", text, file))
         return Layout(self.name, tuple(videos), rejects)
 
 

@@ -1,6 +1,6 @@
 """TFRecord files and the ``tf.Example`` messages in them, read without TensorFlow.
 
-A record is its length and that one's checksum, its bytes and theirs; a message is protocol buffers.
+A record is its length, the length's checksum, its bytes, and their checksum. A message is a protocol buffer.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 RECORD_BYTES = 2**28
-"""No record of a TFRecord file is larger; one that claims to be is damaged."""
+"""Largest record. One that claims to be larger is damaged."""
 
 
 def find_records(path: Path) -> tuple[list[tuple[int, int]], str]:
-    """Offset and length of every whole record of a TFRecord file, and why there are no more ("" at the file's end).
+    """Offset and length of each complete record of a TFRecord file, and why reading stopped ("" at the file's end).
 
-    The checksums of lengths are checked, those of bytes are not. Raises OSError if the file cannot be read.
+    Only the checksums of the lengths are verified. Raises OSError if the file cannot be read.
     """
-    found: list[tuple[int, int]] = []
+    records: list[tuple[int, int]] = []
     problem, place = "", 0
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -34,9 +34,9 @@ def find_records(path: Path) -> tuple[list[tuple[int, int]], str]:
             elif length > min(RECORD_BYTES, size - place - 16):
                 problem = "it breaks off"
             else:
-                found.append((place + 12, length))
+                records.append((place + 12, length))
             place += 16 + length
-    return found, problem and f"{problem} after {len(found)} whole records"
+    return records, problem and f"{problem} after {len(records)} complete records"
 
 
 def _crc_table() -> list[int]:
@@ -61,10 +61,10 @@ def _masked_crc(data: bytes) -> int:
 
 
 def parse_example(record: bytes) -> dict[str, memoryview]:
-    """The byte features of a serialized ``tf.Example``; of one with several values the first. Other kinds are left out.
+    """The bytes features of a serialized ``tf.Example``, by name: the first value of each. Other kinds are left out.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a valid message.
     """
     features: dict[str, memoryview] = {}
     for number, example in _fields(memoryview(record)):
@@ -86,12 +86,12 @@ def parse_example(record: bytes) -> dict[str, memoryview]:
 
 def _message(value: memoryview | int) -> memoryview:
     if isinstance(value, int):
-        raise ValueError("a number where a tf.Example has bytes")
+        raise ValueError("an integer in place of bytes in a tf.Example")
     return value
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """The fields of a protocol buffer message: number, and bytes or an integer (0 for fixed-size numbers)."""
+    """The fields of a protocol buffer message: field number, and bytes or an integer (0 for fixed-size fields)."""
     place = 0
 
     def varint() -> int:
@@ -105,7 +105,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
-        raise ValueError("a number of more than ten bytes in a message")
+        raise ValueError("an integer of more than ten bytes in a message")
 
     while place < len(data):
         tag = varint()
@@ -115,7 +115,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
             continue
         length = {1: 8, 5: 4}.get(kind) if kind != 2 else varint()
         if length is None:
-            raise ValueError(f"a field of the unknown kind {kind} in a message")
+            raise ValueError(f"a field of the unknown wire type {kind} in a message")
         if length > len(data) - place:
             raise ValueError("a message breaks off")
         yield tag >> 3, data[place : place + length] if kind == 2 else 0

@@ -1,14 +1,14 @@
-"""What a source of clips is.
+"""The interface of everything that clips come from.
 
-Clip number ``index`` depends on (seed, index) and on nothing else, so the position of a training run is one integer
-and a resumed run sees the very batches that an uninterrupted one would have seen, whoever makes them.
+Clip number ``index`` depends on (seed, index) and on nothing else. So the position of a training run is one integer,
+and a resumed run sees exactly the batches that an uninterrupted one would have seen, however many processes make them.
 
-Shapes: B batch, T frames, C channels, H height, W width.
+Shapes: T frames, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -16,24 +16,30 @@ from torch import Tensor
 from ca2vdm_cli.config import VideoConfig
 
 
-class ClipSource(Protocol):
-    """Something that has clips."""
+class Clip(NamedTuple):
+    """A piece of a video, and the video's caption."""
 
-    def clip(self, index: int, frames: int) -> Tensor:
-        """Clip number ``index``: (T, C, H, W) float32 in [-1, 1] with T = ``frames``."""
+    frames: Tensor
+    """(T, C, H, W) float32 in [-1, 1]; latents (T, c, h, w) if the source has latents."""
+    caption: str | None
+    """None if the video has no caption."""
+
+
+class ClipSource(Protocol):
+    """Something that clips come from."""
+
+    def clip(self, index: int, length: int) -> Clip:
+        """Clip number ``index`` with T = ``length`` frames."""
 
     def crop(self, index: int, side: int) -> Tensor:
-        """Picture number ``index`` to train an autoencoder on: a random square of a frame, (C, side, side) in [-1, 1].
+        """Picture number ``index`` for autoencoder training: a random square of a frame, (C, side, side) in [-1, 1].
 
-        The square is smaller where the frame is.
+        The crop is cut down to the frame's height and width if these are smaller.
         """
-
-    def caption(self, index: int) -> str | None:
-        """What is said of the video that clip number ``index`` is from; None where nothing is."""
 
 
 def random_square(draw: np.random.Generator, side: int, video: VideoConfig) -> tuple[slice, slice]:
-    """A random square of a frame, rows and columns; it is smaller where the frame is."""
+    """Rows and columns of a random square in a frame, cut down to the frame's height and width."""
     height, width = min(side, video.height), min(side, video.width)
     top, left = draw.integers(video.height - height + 1), draw.integers(video.width - width + 1)
     return slice(top, top + height), slice(left, left + width)

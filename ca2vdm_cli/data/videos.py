@@ -1,7 +1,7 @@
-"""Videos, wherever their frames are: in files, folders of images, arrays or records.
+"""Videos of a data set, whatever holds their frames: video files, folders of images, arrays or records.
 
-Paths and files are not trusted: FFmpeg is handed an open file and may open no other, NumPy unpickles nothing, and what
-a file claims about itself is checked before memory is taken for it.
+Paths and files are not trusted: FFmpeg gets an open file and may open no other, NumPy unpickles nothing, and a file's
+claims about itself are checked before memory is allocated for them.
 
 Shapes: T frames, N videos, H height, W width.
 """
@@ -9,48 +9,45 @@ Shapes: T frames, N videos, H height, W width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import av
-import cv2
 import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from ca2vdm_cli.errors import UserError
-from ca2vdm_cli.video_io import EXACT_COLOURS, MAX_PIXELS, Frame, Size, open_reader
+from ca2vdm_cli.video_io import Frame, Size, open_reader, open_stream, read_errors, to_rgb
 
 from .records import parse_example
 
 SMALL = 16 * 2**20
-"""Bytes of a video file whose frames are counted at once, where it does not say how many they are."""
+"""Largest file in bytes whose frames ``look`` counts if the file does not say how many it has."""
 BAIR_SIDE = 64
-"""Side of a frame of BAIR robot pushing in pixels."""
+"""Height and width of a BAIR robot pushing frame in pixels."""
 BAIR_KEYS = ("{}/image_aux1/encoded", "{}/image_main/encoded")
-"""Features that have frame number {}: of one camera, or else of the other."""
+"""Features that hold frame number {}, one for each camera; the first camera that a record has is used."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a video is, as far as can be told without decoding it."""
+    """What is known of a video without decoding it."""
 
     frames: int | None
-    """How many frames it has; None where the file does not say."""
+    """Number of frames; None if the file does not say."""
     size: Size | None
-    """Height and width in pixels; None where that takes decoding."""
+    """Height and width in pixels; None if only decoding can tell."""
     fps: Fraction | None = None
-    """Frames per second, where frames have a rate."""
+    """Frames per second; None if the frames have no rate."""
     seconds: float | None = None
-    """How long it plays, where the file says."""
+    """Duration; None if the file does not say."""
 
 
 @dataclass(frozen=True)
@@ -58,49 +55,53 @@ class Video(ABC):
     """One video of a data set."""
 
     name: str
-    """What to call it in messages, unique in its data set."""
+    """Its name in messages, unique in the data set."""
 
     caption: str | None
-    """What is said of it."""
+    """A description of what it shows; None if it has no caption."""
 
     @property
     @abstractmethod
     def file(self) -> Path:
-        """The file that has the frames, or the first of them."""
+        """The file that holds the frames, or the first of several."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All the files that have them."""
+        """All files that hold the frames."""
         return (self.file,)
 
     @property
     def part(self) -> str:
-        """Which part of ``file`` it is, where it is one."""
+        """Which part of ``file`` the video is; empty if it is the whole file."""
         return ""
 
     @abstractmethod
     def look(self) -> Look:
-        """What it is, without decoding it.
+        """What can be said without decoding.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the video cannot be read.
         """
 
     @abstractmethod
     def count(self) -> int:
-        """How many frames it has; decodes nothing, but may read the whole file.
+        """Number of frames. Decodes nothing, but may read the whole file.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the video cannot be read.
         """
 
     @abstractmethod
     def read(self, frames: range) -> Iterator[Frame]:
-        """The frames of these ascending numbers: uint8 (H, W, 1 or 3); fewer where it breaks off before.
+        """The frames with these ascending numbers: uint8 (H, W, 1 or 3); fewer if the video breaks off before.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the video cannot be read.
         """
+
+    def reason(self, error: UserError) -> str:
+        """An error about this video without the file's name."""
+        return str(error).removeprefix(f"{self.file}: ")
 
 
 # --- video files ------------------------------------------------------------------------------------------------------
@@ -111,21 +112,22 @@ class VideoFile(Video):
     """A file that FFmpeg can read."""
 
     path: Path
-    """Where it is."""
+    """The file."""
 
     @property
     def file(self) -> Path:
         return self.path
 
     def look(self) -> Look:
-        with _opened(self.path) as (container, stream):
+        with _open(self.path) as (container, stream):
             tick = Fraction(stream.time_base.numerator, stream.time_base.denominator) if stream.time_base else None
             rate = stream.average_rate
             fps = Fraction(rate.numerator, rate.denominator) if rate else None
             seconds = float(stream.duration * tick) if stream.duration and tick else None
             if seconds is None and container.duration:
                 seconds = container.duration / av.time_base
-            frames, size = stream.frames or None, (stream.height, stream.width)
+            frames = stream.frames or None
+            size = (stream.height, stream.width) if stream.height and stream.width else None
         if frames is None and self.path.stat().st_size <= SMALL:
             frames = self.count()
         return Look(frames, size, fps if fps and fps > 0 else None, seconds)
@@ -134,12 +136,13 @@ class VideoFile(Video):
         return len(_times(self.path))
 
     def read(self, frames: range) -> Iterator[Frame]:
-        """As promised, by way of the nearest key frame before where the file's times allow, else from the start."""
+        """Seeks to the last key frame before the first frame if the file's timestamps allow it; else decodes from the
+        start."""
         times = _times(self.path)
-        if frames.start and frames.stop <= len(times) and _are_exact(times):
-            found = _seek(self.path, times, frames)
-            if found is not None:
-                return iter(found)
+        if frames.start and frames.stop <= len(times) and _are_unique(times):
+            pictures = _seek(self.path, [times[number] for number in frames])
+            if pictures is not None:
+                return iter(pictures)
         return self._from_the_start(frames)
 
     def _from_the_start(self, frames: range) -> Iterator[Frame]:
@@ -147,65 +150,51 @@ class VideoFile(Video):
             yield from islice(reader, frames.start, frames.stop, frames.step)
 
 
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    with read_errors(str(path)):
+        if path.exists() and not path.is_file():  # opening a named pipe would block
+            raise ValueError("not a file")
+        with path.open("rb") as file, open_stream(file) as (container, stream, _):
+            yield container, stream
+
+
 def _times(path: Path) -> tuple[int | None, ...]:
-    """When each frame is shown, in the stream's ticks, ascending; Nones where the file does not say."""
-    with unreadable(str(path)):
+    """The frames' timestamps in ticks of the stream, ascending; all None if a frame has none."""
+    with read_errors(str(path)):
         status = path.stat()
     return _read_times(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=2000)
 def _read_times(path: Path, size: int, modified: int) -> tuple[int | None, ...]:
-    found: list[int | None] = []
-    with _opened(path) as (container, stream), suppress(av.FFmpegError):  # the file breaks off
-        found.extend(p.pts for p in container.demux(stream) if p.size and not p.is_discard)
-    known = [time for time in found if time is not None]
-    return tuple(sorted(known)) if len(known) == len(found) else (None,) * len(found)
+    times: list[int | None] = []
+    with _open(path) as (container, stream), suppress(av.FFmpegError):  # the file breaks off
+        times.extend(packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
+    known = [time for time in times if time is not None]
+    return tuple(sorted(known)) if len(known) == len(times) else (None,) * len(times)
 
 
-def _are_exact(times: Sequence[int | None]) -> bool:
-    """Whether no two frames are shown at once, so that a time names a frame."""
+def _are_unique(times: Sequence[int | None]) -> bool:
+    """Whether each timestamp identifies one frame."""
     return None not in times[:1] and len(set(times)) == len(times)
 
 
-def _seek(path: Path, times: Sequence[int | None], frames: range) -> list[Frame] | None:
-    """The frames of these numbers, decoded from the key frame before the first; None if one of them is not found."""
-    wanted = [times[number] for number in frames]
-    found: dict[int | None, Frame] = {}
+def _seek(path: Path, times: Sequence[int | None]) -> list[Frame] | None:
+    """The frames with these timestamps, decoded from the key frame before the first; None if one is missing."""
+    frames: dict[int | None, Frame] = {}
     scaler = VideoReformatter()
-    with _opened(path) as (container, stream), suppress(av.FFmpegError):
-        first, last = wanted[0], wanted[-1]
-        assert first is not None and last is not None
+    first, last = times[0], times[-1]
+    assert first is not None and last is not None
+    with _open(path) as (container, stream), suppress(av.FFmpegError):
+        stream.codec_context.thread_count = 1
         container.seek(first, stream=stream)
         for picture in container.decode(stream):
             if picture.pts is None or picture.pts > last:
                 break
-            if picture.pts in wanted and not picture.is_corrupt:
-                rgb = scaler.reformat(picture, format="rgb24", interpolation=EXACT_COLOURS).to_ndarray()
-                found[picture.pts] = _upright(rgb, picture.rotation)
-    return [found[time] for time in wanted] if found.keys() >= set(wanted) else None
-
-
-def _upright(rgb: Any, rotation: float) -> Frame:
-    return np.ascontiguousarray(np.rot90(rgb, round(rotation / 90)), np.uint8)
-
-
-@contextmanager
-def _opened(path: Path) -> Generator[tuple[InputContainer, VideoStream], None, None]:
-    with ExitStack() as stack, unreadable(str(path)):
-        if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
-            raise ValueError("not a file")
-        file = stack.enter_context(path.open("rb"))
-        source = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)  # bytes without a name
-        options = {"protocol_whitelist": "none", "fflags": "+discardcorrupt"}
-        container = stack.enter_context(av.open(source, "r", container_options=options))
-        stream = container.streams.best("video")
-        if not isinstance(stream, VideoStream) or not stream.codec_context:
-            raise ValueError("no video in it, or of an unknown kind")
-        if not 0 < stream.height * stream.width <= MAX_PIXELS:
-            raise ValueError(f"frames of {stream.width}x{stream.height} cannot be")
-        stream.codec_context.thread_count = 1
-        yield container, stream
+            if picture.pts in times and not picture.is_corrupt:
+                frames[picture.pts] = to_rgb(picture, scaler)
+    return [frames[time] for time in times] if frames.keys() >= set(times) else None
 
 
 # --- folders of images, arrays, records -------------------------------------------------------------------------------
@@ -213,12 +202,12 @@ def _opened(path: Path) -> Generator[tuple[InputContainer, VideoStream], None, N
 
 @dataclass(frozen=True)
 class ImageFolder(Video):
-    """Images that follow one another."""
+    """A folder of images, each a frame."""
 
     folder: Path
-    """Where they are."""
+    """The folder."""
     images: tuple[str, ...]
-    """Their names, in order."""
+    """The images' file names, in order."""
 
     @property
     def file(self) -> Path:
@@ -277,15 +266,15 @@ class ArrayVideo(Video):
 
 
 def open_array(path: Path) -> np.ndarray:
-    """An ``.npy`` of videos, (T, N, H, W) uint8, mapped and not read; T of at most 10000 frames.
+    """Map an ``.npy`` of videos into memory: (T, N, H, W) uint8 with T at most 10000.
 
     Raises:
-        UserError: it is none.
+        UserError: the file holds something else.
     """
-    with unreadable(str(path)):
+    with read_errors(str(path)):
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # NumPy does not say what it may raise over a hostile header
+        except Exception as error:  # NumPy does not document what it raises for a hostile header
             raise ValueError(error) from error
         if not isinstance(array, np.ndarray):
             array.close()
@@ -297,14 +286,14 @@ def open_array(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RecordVideo(Video):
-    """One record of a TFRecord file of BAIR robot pushing: a ``tf.Example`` whose features are raw frames."""
+    """One record of a BAIR robot pushing TFRecord file: a ``tf.Example`` whose features are raw frames."""
 
     path: Path
     """The file."""
     offset: int
     """Where the record's bytes begin."""
     length: int
-    """How many there are."""
+    """Number of bytes."""
 
     @property
     def file(self) -> Path:
@@ -321,35 +310,25 @@ class RecordVideo(Video):
         return len(self._frames())
 
     def read(self, frames: range) -> Iterator[Frame]:
-        found = self._frames()
+        images = self._frames()
         for number in frames:
-            if number < len(found):
-                yield np.frombuffer(found[number], np.uint8).reshape(BAIR_SIDE, BAIR_SIDE, 3)
+            if number < len(images):
+                yield np.frombuffer(images[number], np.uint8).reshape(BAIR_SIDE, BAIR_SIDE, 3)
 
     def _frames(self) -> list[bytes]:
-        with unreadable(str(self.path)):
+        with read_errors(str(self.path)):
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 record = file.read(self.length)
             if len(record) < self.length:
-                raise ValueError("the file has become shorter")
+                raise ValueError("the file has been truncated")
             features = parse_example(record)
             for key in BAIR_KEYS:
-                found: list[bytes] = []
-                while (value := features.get(key.format(len(found)))) is not None:
+                images: list[bytes] = []
+                while (value := features.get(key.format(len(images)))) is not None:
                     if len(value) != BAIR_SIDE * BAIR_SIDE * 3:
-                        raise ValueError(f"{key.format(len(found))} has {len(value)} bytes, not a raw 64x64 frame")
-                    found.append(bytes(value))
-                if found:
-                    return found
+                        raise ValueError(f"{key.format(len(images))} has {len(value)} bytes, not a raw 64x64 frame")
+                    images.append(bytes(value))
+                if images:
+                    return images
         raise UserError(f"{self.path}: a record without {BAIR_KEYS[0].format(0)}; give the TFRecords of BAIR")
-
-
-@contextmanager
-def unreadable(name: str) -> Iterator[None]:
-    """Turns what the libraries raise over a file into one line for the user."""
-    try:
-        yield
-    except (av.FFmpegError, cv2.error, OSError, ValueError, OverflowError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "err", None) or str(error) or type(error).__name__
-        raise UserError(f"{name}: cannot be read ({' '.join(reason.split())})") from error

@@ -47,7 +47,7 @@ def train_autoencoder(
     joint_steps = 0 if fixed_encoder else round((1 - DECODER_SHARE) * training.autoencoder_steps)
     phases: tuple[tuple[int, int, nn.Module, Callable[[int], Tensor]], ...] = (
         (0, joint_steps, autoencoder.train(), lambda index: source.crop(index, side)),
-        (joint_steps, training.autoencoder_steps, autoencoder.decoder, lambda index: source.clip(index, 1)[0]),
+        (joint_steps, training.autoencoder_steps, autoencoder.decoder, lambda index: source.clip(index, 1).frames[0]),
     )
     noise = torch.Generator().manual_seed(seed)
     for start, end, part, picture in phases:
@@ -92,5 +92,5 @@ def _measure_latents(autoencoder: ConvAutoencoder, source: ClipSource, batches: 
     device = next(autoencoder.parameters()).device
     autoencoder.normalize.reset_running_stats()
     for start in range(0, batches * size, size):
-        frames = torch.cat([source.clip(index, 1) for index in range(start, start + size)])
+        frames = torch.cat([source.clip(index, 1).frames for index in range(start, start + size)])
         autoencoder.encode(frames.to(device))

@@ -111,7 +111,7 @@ def open_source(data: str | Path | ClipSource | None, config: Preset, seed: int,
     if data is None or isinstance(data, (str, Path)):
         return open_clips(None if data is None else Path(data), config, seed, config.clip_frames)
     assert config.video is not None
-    shape = tuple(data.clip(0, 1).shape)
+    shape = tuple(data.clip(0, 1).frames.shape)
     expected = (1, config.video.channels, config.video.height, config.video.width)
     if shape != expected:
         raise UsageError(f"{argument}: a clip of one frame has shape {shape}; it must be {expected} (T, C, H, W)")

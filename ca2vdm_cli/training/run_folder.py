@@ -19,15 +19,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from ca2vdm_cli.checkpoint import load_tensors, save_tensors
-from ca2vdm_cli.errors import UserError
+from ca2vdm_cli.errors import UserError, as_user_error
 
 WEIGHTS_FILE = "ema.safetensors"
 STATE_FILE = "state.safetensors"
@@ -156,10 +155,8 @@ class RunFolder:
             path = folder / name
             if Path(name).name != name or not path.is_file():
                 raise UserError(f"{folder}: {name} is missing")
-            try:
+            with as_user_error(f"{path}: cannot be read"):
                 intact = path.stat().st_size == size and _digest(path) == digest
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
             if not intact:
                 raise UserError(f"{path}: damaged (its content differs from what was written)")
         return Checkpoint(folder, step, facts)
@@ -207,10 +204,5 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); check permissions and free space") from None
+def _one_line(path: Path) -> AbstractContextManager[None]:
+    return as_user_error(f"{path}: cannot be written", "check permissions and free space")

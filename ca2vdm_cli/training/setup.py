@@ -22,7 +22,7 @@ from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.config import Prediction, Preset, Trainable
 from ca2vdm_cli.data import ClipSource
 from ca2vdm_cli.errors import UsageError, UserError
-from ca2vdm_cli.loading import find_weights
+from ca2vdm_cli.loading import build_model, find_weights
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import choose_backend
 from ca2vdm_cli.presets import LoadedPreset, load_preset

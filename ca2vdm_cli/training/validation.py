@@ -172,11 +172,11 @@ class Validator:
 
     def _clips(self, count: int, frames: int) -> tuple[Tensor, Text]:
         """The first held-out clips (B, T, C, H, W) in [-1, 1], and their captions' embeddings and masks."""
-        clips = [(self.data.source.clip(index, frames), self.data.source.caption(index)) for index in range(count)]
+        clips = [self.data.source.clip(index, frames) for index in range(count)]
         text = self.model.unconditional_caption(count)
         if text is not None and self.data.text_encoder is not None:
-            text = self.data.text_encoder([caption for _, caption in clips], text)
-        return torch.stack([clip for clip, _ in clips]).to(self.model.device), text
+            text = self.data.text_encoder([clip.caption for clip in clips], text)
+        return torch.stack([clip.frames for clip in clips]).to(self.model.device), text
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """(B, T, C, H, W) -> (B, c, T, h, w)."""

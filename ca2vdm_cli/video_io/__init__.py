@@ -1,25 +1,22 @@
-"""Everything about video files: single frames and their way to the model (``frames``), reading, writing."""
+"""Everything about video files: single frames and their conversion (``frames``), reading, writing."""
 
 from .frames import (
-    EXACT_COLOURS,
     IMAGE_SUFFIXES,
-    MAX_PIXELS,
     Aspect,
     Frame,
     Geometry,
     Size,
     contact_sheet,
     natural_order,
+    read_errors,
     to_channels,
     write_image,
 )
-from .reading import VideoReader, open_reader
+from .reading import VideoReader, open_reader, open_stream, to_rgb
 from .writing import OutputFormat, VideoWriter, open_writer
 
 __all__ = [
-    "EXACT_COLOURS",
     "IMAGE_SUFFIXES",
-    "MAX_PIXELS",
     "Aspect",
     "Frame",
     "Geometry",
@@ -30,7 +27,10 @@ __all__ = [
     "contact_sheet",
     "natural_order",
     "open_reader",
+    "open_stream",
     "open_writer",
+    "read_errors",
     "to_channels",
+    "to_rgb",
     "write_image",
 ]

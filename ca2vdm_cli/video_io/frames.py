@@ -1,13 +1,13 @@
-"""Single frames, the way between a file's frames and the model's, and what is said when a library fails on a file.
+"""Single frames: conversion between a file's frames and the model's, images, and errors of the libraries.
 
-A frame is a uint8 array (H, W, 3), RGB. Pixels are taken to be square.
+A frame is a uint8 array (H, W, 3), RGB. Pixels are assumed to be square.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.errors import UsageError, as_user_error
 
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]
@@ -27,15 +27,15 @@ Size = tuple[int, int]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 MAX_PIXELS = 2**27
-"""Of one frame (134 megapixels); a file that claims more is broken or hostile."""
+"""Largest frame (134 megapixels). A file that claims more is broken or hostile."""
 MAX_RATE = 1000
-"""Frames per second; a file that claims more does not know its rate."""
+"""Highest plausible frame rate. A file that claims more does not know its rate."""
 EXACT_COLOURS = 0x4 | 0x2000 | 0x4000 | 0x40000
-"""swscale: bicubic, all the chroma, exact rounding. The defaults darken a picture by a level each time it passes."""
+"""swscale flags: bicubic, full chroma, exact rounding. The defaults darken a picture by one level per conversion."""
 
 
 def to_channels(frame: Frame, channels: int) -> Frame:
-    """Brings a frame (H, W), (H, W, 1) or (H, W, 3) to (H, W, channels): 1 is luma, 3 is RGB."""
+    """Convert a frame (H, W), (H, W, 1) or (H, W, 3) to (H, W, channels): 1 is luma, 3 is RGB."""
     if frame.dtype != np.uint8 or frame.shape[2:] not in ((), (1,), (3,)) or frame.ndim < 2 or not frame.size:
         raise ValueError(f"a frame is a uint8 array (H, W, 1 or 3), not {frame.dtype} {frame.shape}")
     frame = pixels(frame)
@@ -45,7 +45,7 @@ def to_channels(frame: Frame, channels: int) -> Frame:
 
 
 def contact_sheet(frames: Sequence[Frame], columns: int = 8, gap: int = 2) -> Frame:
-    """Lays frames of one size out in rows, left to right, on white: one RGB picture of a whole video."""
+    """Lay out frames of one size in rows on a white background: one RGB picture of a whole video."""
     pictures = [to_channels(frame, 3) for frame in frames]
     height, width, _ = pictures[0].shape
     columns = min(columns, len(pictures))
@@ -58,16 +58,16 @@ def contact_sheet(frames: Sequence[Frame], columns: int = 8, gap: int = 2) -> Fr
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:
-    """What file names are sorted by, so that 2.png comes before 10.png."""
+    """Sort key for file names: 2.png comes before 10.png."""
     return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", name)], name
 
 
 def write_image(path: str | Path, frame: Frame) -> None:
-    """Writes a frame as an image of the kind that the suffix says."""
+    """Write a frame as an image; the suffix selects the format."""
     path = Path(path)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise UsageError(f"{path}: not the name of an image; end it with one of {', '.join(sorted(IMAGE_SUFFIXES))}")
-    with unwritable(str(path)):
+        raise UsageError(f"{path}: not an image name; end it with one of {', '.join(sorted(IMAGE_SUFFIXES))}")
+    with write_errors(str(path)):
         picture = cv2.cvtColor(to_channels(frame, 3), cv2.COLOR_RGB2BGR)
         path.write_bytes(cv2.imencode(path.suffix.lower(), picture)[1].tobytes())
 
@@ -81,29 +81,29 @@ def resize(frame: Frame, size: Size) -> Frame:
 
 
 def pixels(array: Any) -> Frame:
-    """What OpenCV and PyAV return, with the type that mypy cannot know and the channel axis that OpenCV drops."""
+    """An array of OpenCV or PyAV as a frame (H, W, C): typed for mypy, with the channel axis that OpenCV drops."""
     frame: Frame = np.ascontiguousarray(array, np.uint8)
     return frame[:, :, None] if frame.ndim == 2 else frame
 
 
 class Aspect(str, Enum):
-    """What happens to a picture whose shape is not the model's."""
+    """How a picture whose aspect ratio differs from the model's is handled."""
 
     CROP = "crop"
-    """The largest centred region of the model's shape is kept. The rest is unknown to the model, so the output is that
-    region only, of old and new frames alike."""
+    """Keep the largest centred region of the model's aspect ratio. The model never sees the rest, so the output shows
+    only that region, in old and new frames alike."""
     PAD = "pad"
-    """The whole picture between black bars; they are cut off again."""
+    """The whole picture between black bars, which are cut off again."""
     STRETCH = "stretch"
-    """The whole picture, distorted to the model's shape and back."""
+    """The whole picture, distorted to the model's aspect ratio and back."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How frames of one size pass through a model of another, and what size comes out.
+    """Conversion between an input's frame size and a model's.
 
-    ``extend`` writes ``input_to_output(frame)`` for the frames it was given and ``from_model(frame)`` for those it
-    made; both have ``output_size`` and show the same part of the scene.
+    ``extend`` writes ``input_to_output(frame)`` for frames of its input and ``from_model(frame)`` for new ones; both
+    have ``output_size`` and show the same part of the scene.
     """
 
     input_size: Size
@@ -112,11 +112,11 @@ class Geometry:
 
     @property
     def output_size(self) -> Size:
-        """Size of the frames that come out: the input's, or with ``crop`` the size of the region that was kept."""
+        """Size of the output's frames: the input's, or with ``crop`` the size of the kept region."""
         return self._region(self.input_size, self.model_size) if self.aspect is Aspect.CROP else self.input_size
 
     def to_model(self, frame: Frame) -> Frame:
-        """Brings a frame of ``input_size`` to ``model_size``."""
+        """Convert a frame of ``input_size`` to ``model_size``."""
         if self.aspect is not Aspect.PAD:
             return resize(self.input_to_output(frame), self.model_size)
         inner = self._region(self.model_size, self.input_size)
@@ -125,18 +125,18 @@ class Geometry:
         return padded
 
     def from_model(self, frame: Frame) -> Frame:
-        """Brings a frame of ``model_size`` to ``output_size``."""
+        """Convert a frame of ``model_size`` to ``output_size``."""
         if self.aspect is Aspect.PAD:
             frame = frame[self._window(self.model_size, self._region(self.model_size, self.input_size))]
         return resize(frame, self.output_size)
 
     def input_to_output(self, frame: Frame) -> Frame:
-        """Cuts from a frame of ``input_size`` what the output shows of it."""
+        """The part of a frame of ``input_size`` that the output shows."""
         return np.ascontiguousarray(frame[self._window(self.input_size, self.output_size)])
 
     @staticmethod
     def _region(outer: Size, shape: Size) -> Size:
-        """The largest size within ``outer`` that has the proportions of ``shape``."""
+        """The largest size within ``outer`` that has the aspect ratio of ``shape``."""
         scale = min(Fraction(outer[0], shape[0]), Fraction(outer[1], shape[1]))
         return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
@@ -147,21 +147,14 @@ class Geometry:
         return slice(top, top + inner[0]), slice(left, left + inner[1])
 
 
-@contextmanager
-def _translated(name: str, what: str, advice: str) -> Iterator[None]:
-    """Turns what the libraries raise over a file into one line for the user."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (av.FFmpegError, cv2.error, OSError, ValueError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "err", None) or str(error) or type(error).__name__
-        raise UserError(f"{name}: {what} ({' '.join(reason.split())}); {advice}") from error
+_LIBRARY_ERRORS = (av.FFmpegError, cv2.error, OSError, ValueError, OverflowError, MemoryError)
 
 
-def unreadable(name: str) -> AbstractContextManager[None]:
-    return _translated(name, "cannot be read", "give a video that FFmpeg plays, images of one size, or an .npz")
+def read_errors(name: str, advice: str = "") -> AbstractContextManager[None]:
+    """Turn what the libraries raise while they read a file into a ``UserError`` of one line."""
+    return as_user_error(f"{name}: cannot be read", advice, _LIBRARY_ERRORS)
 
 
-def unwritable(name: str) -> AbstractContextManager[None]:
-    return _translated(name, "cannot be written", "check permissions, free space and frame size")
+def write_errors(name: str) -> AbstractContextManager[None]:
+    """Turn what the libraries raise while they write a file into a ``UserError`` of one line."""
+    return as_user_error(f"{name}: cannot be written", "check permissions, free space and frame size", _LIBRARY_ERRORS)

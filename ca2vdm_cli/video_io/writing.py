@@ -1,6 +1,6 @@
-"""Writing videos, one frame at a time, by FFmpeg (PyAV) or as images or an archive.
+"""Writing videos one frame at a time with FFmpeg (PyAV), or as images or an archive.
 
-Paths are not trusted: FFmpeg is handed ``file:`` addresses, so that a name is never a protocol or a pattern.
+Paths are not trusted: FFmpeg gets ``file:`` addresses, so a name is never taken for a protocol or a pattern.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from av.video.stream import VideoStream
 
 from ca2vdm_cli.errors import UsageError, UserError
 
-from .frames import EXACT_COLOURS, MAX_RATE, Frame, to_channels, unwritable, write_image
+from .frames import EXACT_COLOURS, MAX_RATE, Frame, to_channels, write_errors, write_image
 
 _PNG_NAME = re.compile(r"frame_(\d{6,})\.png")
 
 
 class OutputFormat(str, Enum):
-    """What a video can be written as."""
+    """The formats that videos can be written in."""
 
     MP4 = "mp4"
-    """H.264, 4:2:0, that plays in a browser. The last row or column is repeated where a side is odd."""
+    """H.264 4:2:0, which plays in browsers. If a side is odd, its last row or column is repeated."""
     MKV = "mkv"
-    """The same pictures in Matroska, each readable as soon as the next is written, on a pipe or after a crash."""
+    """The same in Matroska. Each frame can be read once the next is written, also from a pipe or after a crash."""
     GIF = "gif"
-    """256 colours chosen anew for every frame; 50 frames per second at most, as browsers slow faster ones down."""
+    """256 colours, chosen for each frame; at most 50 frames per second, since browsers slow down faster GIFs."""
     Y4M = "y4m"
-    """Uncompressed 4:2:0, since what ffmpeg makes of 4:4:4 does not play in browsers; 4:4:4 where a side is odd, since
+    """Uncompressed 4:2:0, since ffmpeg turns 4:4:4 into H.264 that browsers do not play; 4:4:4 if a side is odd, since
     H.264 cannot hold such a size in 4:2:0."""
     PNG = "png"
     """A folder of frame_000000.png and so on. Exact."""
@@ -57,16 +57,16 @@ class OutputFormat(str, Enum):
 class VideoWriter:
     """Writes frames of one size to a file, a folder or standard output; made by ``open_writer``.
 
-    The output begins with the first frame; a run that fails before leaves no trace. A new file grows under its own
-    name; an old one is replaced when the writer is closed, and so may be the one that is being read. ``close`` finishes
-    the file after an error or Ctrl-C too, so that the frames written so far can be played; one that holds nothing but
-    copies of its input by then is thrown away, and what it would have replaced stays. A pipe is given every frame as it
-    is written; there is nothing to flush.
+    Nothing is created before the first frame, so a run that fails earlier leaves no trace. A new file grows under its
+    own name. An existing one is replaced when the writer is closed, so it may be the file that is being read. ``close``
+    finishes the file after an error or Ctrl-C too, so the frames written so far can be played. If these are only copies
+    of the input, the output is discarded instead, and an existing file stays. A pipe gets each frame as it is written;
+    no flush is needed.
 
     Attributes:
-        name: what to call it in messages.
-        frames: how many frames were written.
-        is_pipe: whether that is standard output.
+        name: the output's name in messages.
+        frames: number of frames written.
+        is_pipe: whether the output is standard output.
     """
 
     def __init__(self, name: str, kind: OutputFormat, fps: Fraction, path: Path | None):
@@ -80,22 +80,22 @@ class VideoWriter:
         self._keep = self.is_pipe
 
     def write(self, frame: Frame, *, copied: bool = False) -> None:
-        """Appends a uint8 frame: (H, W, 3) RGB, or gray as (H, W, 1) or (H, W).
+        """Append a uint8 frame: (H, W, 3) RGB, or gray as (H, W, 1) or (H, W).
 
         Args:
             frame: the frame.
-            copied: it stands in the input already.
+            copied: whether it is a copy of a frame of the input.
 
         Raises:
-            UserError: it cannot be written.
-            BrokenPipeError: whoever read standard output has gone.
+            UserError: the frame cannot be written.
+            BrokenPipeError: the reader of standard output has gone.
         """
         frame = to_channels(frame, 3)
         self._shape = self._shape or frame.shape
         if self._closed or frame.shape != self._shape:
             raise ValueError(f"a frame {frame.shape} for a {'closed ' * self._closed}video of frames {self._shape}")
         try:
-            with unwritable(self.name):
+            with write_errors(self.name):
                 self._sink = self._sink or self._open(self._shape[0], self._shape[1])
                 self._sink.write(frame)
         except (UserError, BrokenPipeError):
@@ -105,13 +105,13 @@ class VideoWriter:
         self._keep = self._keep or not copied
 
     def close(self) -> None:
-        """Finishes the output; a second call does nothing. Raises what ``write`` raises, unless that has raised it."""
+        """Finish the output; a second call does nothing. Raises as ``write`` does, unless ``write`` already failed."""
         if self._closed or not self._sink:
             self._closed = True
             return
         self._closed, finished = True, False
         try:
-            with unwritable(self.name):
+            with write_errors(self.name):
                 if isinstance(self._sink, _Images) and not self._keep:
                     self._sink.discard()
                 else:
@@ -147,14 +147,14 @@ class VideoWriter:
 def open_writer(
     target: str | Path, *, format: str | None = None, fps: Fraction | float, overwrite: bool = False
 ) -> VideoWriter:
-    """Prepares to write a video; folders that are missing on the way to it are made with the first frame.
+    """Prepare to write a video. Missing parent folders are created with the first frame.
 
     Args:
-        target: a file, whose suffix says the format; a folder for PNGs (it exists, or ends with ``/``); or ``-`` for
-            standard output, which takes y4m (the default) and mkv.
-        format: an ``OutputFormat``, whatever the suffix says.
+        target: a file, whose suffix gives the format; a folder for PNGs (it exists, or the name ends with ``/``); or
+            ``-`` for standard output, which takes y4m (the default) and mkv.
+        format: an ``OutputFormat`` that overrides the suffix.
         fps: frames per second.
-        overwrite: replace what is there; in a folder, the frames only.
+        overwrite: replace an existing output; in a folder, only the frames.
 
     Raises:
         UsageError: an unknown format, an impossible rate, or an output that exists already.
@@ -166,7 +166,7 @@ def open_writer(
     if name == "-":
         return VideoWriter("standard output", kind, rate, None)
     path = Path(os.path.realpath(name))
-    # A folder, device or named pipe is written into; a file is put into the nearest folder that is there.
+    # Folders, devices and named pipes are written to; a file goes into its nearest existing parent folder.
     places = path.parents if os.path.isfile(path) else (path, *path.parents)
     nearest = next(place for place in places if os.path.exists(place))
     if not os.access(nearest, os.W_OK) or os.path.isfile(nearest):
@@ -188,7 +188,7 @@ def _output_rate(fps: Fraction | float) -> Fraction:
 
 
 def _output_format(name: str, format: str | None) -> OutputFormat:
-    """The format asked for, or else the one that the name implies, if it can be written to such a place."""
+    """The requested format, or else the one that the name implies, if the target can take it."""
     allowed, implied = list(OutputFormat), Path(name).suffix.lower()[1:]
     if name == "-":
         allowed, implied = [OutputFormat.Y4M, OutputFormat.MKV], "y4m"
@@ -229,8 +229,8 @@ class _Movie:
 
     def __init__(self, kind: OutputFormat, path: Path | None, fps: Fraction, height: int, width: int) -> None:
         codec = _CODECS[kind]
-        # For a pipe FFmpeg writes to memory, and the bytes are carried on from there outside its callbacks, where an
-        # error or a Ctrl-C can be raised.
+        # For a pipe FFmpeg writes to memory. The bytes are passed on outside FFmpeg's callbacks, in which no error or
+        # Ctrl-C could be raised.
         self._memory = io.BytesIO()
         file = f"file:{path}" if path else SimpleNamespace(write=self._memory.write)
         self._container = av.open(file, "w", format=codec.muxer, container_options=codec.muxer_options)
@@ -243,7 +243,7 @@ class _Movie:
         odd = height % 2 or width % 2
         stream.height, stream.width = height, width
         stream.pix_fmt = "pal8" if self._palette else "yuv444p" if odd and not self._h264 else "yuv420p"
-        if self._h264:  # y4m has no labels for colours, and players take it for BT.601
+        if self._h264:  # y4m has no colour metadata, and players assume BT.601
             stream.height, stream.width = height + height % 2, width + width % 2
             stream.colorspace = stream.color_primaries = stream.color_trc = stream.color_range = 1  # BT.709, limited
 
@@ -270,36 +270,36 @@ class _Movie:
             self._encode(chain(self._paint(None) if self._palette else (), [None]))
         finally:
             self._container.close()
-            self._carry()
+            self._pass_on()
 
     def _paint(self, picture: VideoFrame | None) -> Iterator[VideoFrame]:
         assert self._palette
         self._palette.push(picture)
-        with suppress(BlockingIOError, EOFError):  # it wants more; it has given all
+        with suppress(BlockingIOError, EOFError):  # it needs more input; it has returned everything
             while True:
                 yield cast(VideoFrame, self._palette.pull())
 
     def _encode(self, pictures: Iterable[VideoFrame | None]) -> None:
-        # One call into C, so that a Ctrl-C cannot come between encoder and muxer and lose a packet others depend on.
+        # One call into C, so that a Ctrl-C cannot come between encoder and muxer and lose a packet that others need.
         deque(map(self._container.mux, map(self._stream.encode, pictures)), maxlen=0)
-        self._carry()
+        self._pass_on()
 
-    def _carry(self) -> None:
-        """Hands on to standard output what FFmpeg has written, unless an earlier write was torn off midway."""
+    def _pass_on(self) -> None:
+        """Pass on to standard output what FFmpeg has written, unless an earlier write was interrupted midway."""
         data = memoryview(self._memory.getvalue())
         if self._torn or not data:
             return
         self._memory.seek(0)
         self._memory.truncate()
         self._torn = True
-        raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)  # a buffer would fail once more when Python exits
+        raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)  # a buffer would fail again when Python exits
         while data:
             data = data[raw.write(data) or 0 :]
         self._torn = False
 
 
 def _palette_graph(height: int, width: int, fps: Fraction) -> Graph:
-    """rgb24 in, pal8 out: 256 colours for every frame, and a dither that stays in place from frame to frame."""
+    """rgb24 in, pal8 out: 256 colours for each frame, and a dither pattern that does not move between frames."""
     graph = Graph()
     source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / fps)
     split = graph.add("split")
@@ -315,7 +315,7 @@ def _palette_graph(height: int, width: int, fps: Fraction) -> Graph:
 
 
 class _Images:
-    """Writes frame_000000.png and so on. An earlier video in the folder is replaced at the end, all of it."""
+    """Writes frame_000000.png and so on. An earlier video in the folder is replaced as a whole at the end."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -351,7 +351,7 @@ class _Images:
 
 
 class _Archive:
-    """Writes an .npz; the frames wait in a temporary file, since the array's header, which comes first, counts them."""
+    """Writes an .npz. Frames go to a temporary file first, since the array's header contains their number."""
 
     def __init__(self, path: Path, height: int, width: int) -> None:
         self._path, self._shape, self._count = path, (height, width, 3), 0

@@ -187,7 +187,7 @@ def real_videos(config: Preset, seed: int, videos: int, frames: int) -> Iterator
     assert config.synthetic_data is not None and config.video is not None
     source = MovingDigits(config.synthetic_data, config.video, seed)
     for index in range(videos):
-        clip = source.clip(index, frames).numpy()[:, 0]
+        clip = source.clip(index, frames).frames.numpy()[:, 0]
         yield ((clip + 1) * 127.5).round().astype(np.uint8)
 
 

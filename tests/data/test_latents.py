@@ -1,4 +1,4 @@
-"""The cache of latents: what is drawn from it is what would have been encoded, and a stale entry is noticed."""
+"""The latent cache: its clips are the source's clips, encoded, and stale entries are noticed."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def autoencoder() -> ConvAutoencoder:
     config = preset()
     assert config.video is not None
     torch.manual_seed(0)
-    made = load_autoencoder(config.autoencoder, config.video, config.model.in_channels)
-    assert isinstance(made, ConvAutoencoder)
-    return made
+    model = load_autoencoder(config.autoencoder, config.video, config.model.in_channels)
+    assert isinstance(model, ConvAutoencoder)
+    return model
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two videos of noise, one that is too short, and one that is none."""
+    """Two videos of noise, one that is too short, and a file that is not a video."""
     draw = np.random.default_rng(0)
     for name, count in (("a", 20), ("b", 13), ("short", 2)):
         with open_writer(tmp_path / f"videos/{name}.mp4", fps=8) as writer:
@@ -63,19 +63,19 @@ def test_cached_latents_are_those_of_the_clips(
     assert (report.encoded, report.reused, report.stale) == (2, 0, {})
     assert clips.skipped.keys() == {"short.mp4", "broken.mp4"}
     for index in range(8):
-        latents = autoencoder.encode(source.clip(index, FRAMES))
-        assert clips.clip(index, FRAMES).dtype == torch.float32
-        torch.testing.assert_close(clips.clip(index, FRAMES), latents, atol=1e-2, rtol=1e-2)
+        latents = autoencoder.encode(source.clip(index, FRAMES).frames)
+        assert clips.clip(index, FRAMES).frames.dtype == torch.float32
+        torch.testing.assert_close(clips.clip(index, FRAMES).frames, latents, atol=1e-2, rtol=1e-2)
     with ClipLoader(clips, FRAMES, 2, workers=1) as loader:
-        assert torch.equal(next(loader).clips[1], clips.clip(1, FRAMES))
+        assert torch.equal(next(loader).clips[1], clips.clip(1, FRAMES).frames)
     with pytest.raises(UsageError, match="an autoencoder is trained on pictures"):
         clips.crop(0, 8)
 
 
-def test_an_entry_is_used_again_until_something_changes(folder: Path, autoencoder: ConvAutoencoder) -> None:
+def test_an_entry_is_reused_until_something_changes(folder: Path, autoencoder: ConvAutoencoder) -> None:
     source = open_clips(folder, preset(), 0, FRAMES)
     first, _ = fill(source, autoencoder, folder)
-    expected = first.clip(0, FRAMES)
+    expected = first.clip(0, FRAMES).frames
 
     def again(source: ClipSource = source) -> CacheReport:
         report = fill(source, autoencoder, folder)[1]
@@ -91,7 +91,7 @@ def test_an_entry_is_used_again_until_something_changes(folder: Path, autoencode
     with torch.no_grad():
         next(autoencoder.parameters()).add_(1)
     assert set(again().stale.values()) == {"its weights has changed"}
-    assert not torch.equal(fill(source, autoencoder, folder)[0].clip(0, FRAMES), expected)
+    assert not torch.equal(fill(source, autoencoder, folder)[0].clip(0, FRAMES).frames, expected)
     for entry in (folder.parent / "cache").iterdir():
         entry.write_bytes(entry.read_bytes()[:100])
     assert set(again().stale.values()) == {"it cannot be read"}
@@ -112,12 +112,12 @@ def test_an_entry_that_goes_missing(folder: Path, autoencoder: ConvAutoencoder) 
     clips, _ = fill(open_clips(folder, preset(), 0, FRAMES), autoencoder, folder)
     for entry in (folder.parent / "cache").iterdir():
         entry.unlink()
-    with pytest.raises(UserError, match=r"cannot be read any more .* train again"):
+    with pytest.raises(UserError, match=r"can no longer be read .* training again"):
         clips.clip(0, FRAMES)
 
 
 class Counting:
-    """An encoder that has no weights and counts its frames."""
+    """An encoder without weights that counts its frames."""
 
     def __init__(self) -> None:
         self.frames = 0
@@ -134,7 +134,9 @@ def test_images_and_arrays_have_entries_of_their_own(tmp_path: Path) -> None:
     source = open_clips(tmp_path / "a.npy", preset(), 0, FRAMES)
     clips, report = cache_latents(source, encoder, preset().autoencoder, tmp_path / "cache")
     assert report.encoded == 3 and encoder.frames == 18
-    torch.testing.assert_close(clips.clip(2, FRAMES), source.clip(2, FRAMES)[:, :, ::8, ::8], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        clips.clip(2, FRAMES).frames, source.clip(2, FRAMES).frames[:, :, ::8, ::8], atol=1e-3, rtol=1e-3
+    )
     for video in range(2):
         for t in range(5):
             with open_writer(tmp_path / f"frames/{video}", fps=8, format="png", overwrite=True) as writer:
@@ -149,13 +151,13 @@ def test_images_and_arrays_have_entries_of_their_own(tmp_path: Path) -> None:
     assert report.stale == {"1": "its content has changed"} and report.reused == 1
 
 
-def test_a_video_of_many_captions_is_encoded_once(folder: Path, autoencoder: ConvAutoencoder) -> None:
+def test_a_video_with_many_captions_is_encoded_once(folder: Path, autoencoder: ConvAutoencoder) -> None:
     lines = [json.dumps({"path": "a.mp4", "text": text}) for text in ("one", "two", "three")]
     (folder / "list.jsonl").write_text("\n".join(lines))
     clips, report = fill(open_clips(folder / "list.jsonl", preset(), 0, FRAMES), autoencoder, folder)
     assert (report.encoded, report.reused) == (1, 2)
     assert len(list((folder.parent / "cache").iterdir())) == 1
-    assert {clips.caption(index) for index in range(12)} == {"one", "two", "three"}
+    assert {clips.clip(index, FRAMES).caption for index in range(12)} == {"one", "two", "three"}
     (folder / "list.jsonl").write_text("\n".join(['{"path": "b.mp4"}', *lines]))
     _, report = fill(open_clips(folder / "list.jsonl", preset(), 0, FRAMES), autoencoder, folder)
     assert (report.encoded, report.reused) == (1, 3)

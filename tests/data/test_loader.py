@@ -1,4 +1,4 @@
-"""The loader: the same batches however they are made, and workers that neither outlive their parent nor hide errors."""
+"""The loader: the same batches with any number of workers, which neither outlive their parent nor hide errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def digits() -> ClipSource:
     return open_clips(None, load_preset("tiny").config, 0, FRAMES)
 
 
-def test_batches_of_workers_are_those_of_one_process(tmp_path: Path) -> None:
+def test_workers_make_the_same_batches_as_one_process(tmp_path: Path) -> None:
     lines = '{"path": "a.mp4", "text": "one"}\n{"path": "b.mp4"}\n{"path": "c.mp4"}\n'
     (tmp_path / "list.jsonl").write_text(lines)
     write_video(tmp_path / "a.mp4", 30)
@@ -56,17 +56,17 @@ def test_batches_of_workers_are_those_of_one_process(tmp_path: Path) -> None:
         expected = [next(alone) for _ in range(7)]
     source_of_workers = videos(tmp_path / "list.jsonl")
     with ClipLoader(source_of_workers, length, 3, first=5, workers=2) as many:
-        found = [next(many) for _ in range(7)]
+        batches = [next(many) for _ in range(7)]
         assert many.wait_seconds > 0 and len(multiprocessing.active_children()) == 2
     assert not multiprocessing.active_children()
-    for step, (one, other) in enumerate(zip(expected, found, strict=True), 5):
+    for step, (one, other) in enumerate(zip(expected, batches, strict=True), 5):
         assert one.step == other.step == step and one.captions == other.captions
         assert torch.equal(one.clips, other.clips)
         assert torch.equal(one.clips, batch(source, 3 * step, 3, length(step)))
-    assert {caption for one in found for caption in one.captions} == {"one", None}
+    assert {caption for one in batches for caption in one.captions} == {"one", None}
 
 
-def test_ranks_share_a_steps_clips() -> None:
+def test_training_processes_divide_a_steps_clips() -> None:
     source = digits()
     whole = ClipLoader(source, FRAMES, 4, first=3)
     ranks = [ClipLoader(source, FRAMES, 2, first=3, rank=rank, world=2) for rank in (0, 1)]
@@ -76,7 +76,7 @@ def test_ranks_share_a_steps_clips() -> None:
 
 
 def test_what_workers_skip_reaches_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ca2vdm_cli.data.clips.HEADERS", 0)  # as if there were too many to look at each
+    monkeypatch.setattr("ca2vdm_cli.data.clips.HEADERS", 0)  # as if there were too many videos to look at first
     write_video(tmp_path / "a.mp4", 20)
     write_video(tmp_path / "b.mp4", 2)
     source = open_clips(tmp_path, load_preset("tiny").config, 0, FRAMES)
@@ -97,7 +97,7 @@ def test_an_error_in_a_worker_is_one_line_here(tmp_path: Path, monkeypatch: pyte
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_dies_is_an_error_and_one_that_is_asked_to_is_not_obeyed() -> None:
+def test_a_dead_worker_is_an_error_and_workers_ignore_signals() -> None:
     with ClipLoader(digits(), FRAMES, 2, workers=1) as loader_:
         next(loader_)
         (worker,) = multiprocessing.active_children()
@@ -139,7 +139,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, how: str) -> None:
         pytest.fail("the worker still runs")
 
 
-def test_where_frames_are_decoded_workers_are_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_the_default_if_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "a.mp4", 20)
     monkeypatch.setattr(loader, "DEFAULT_WORKERS", 0)
     config = replace(load_preset("tiny").config, data=DataConfig(stride=2))

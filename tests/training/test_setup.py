@@ -16,6 +16,7 @@ import ca2vdm_cli
 from ca2vdm_cli import Pipeline, Sampler, TrainingCallbacks, UsageError, samplers
 from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.config import Preset
+from ca2vdm_cli.data import Clip
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.samplers import DrawNoise
 from ca2vdm_cli.presets import load_preset
@@ -38,15 +39,12 @@ class Stripes:
     def __init__(self, size: int = 32) -> None:
         self.size = size
 
-    def clip(self, index: int, frames: int) -> Tensor:
-        rows = torch.arange(self.size).view(1, 1, -1, 1) + torch.arange(frames).view(-1, 1, 1, 1) * (1 + index % 3)
-        return torch.sin(rows / 3).expand(frames, 1, self.size, self.size)
+    def clip(self, index: int, length: int) -> Clip:
+        rows = torch.arange(self.size).view(1, 1, -1, 1) + torch.arange(length).view(-1, 1, 1, 1) * (1 + index % 3)
+        return Clip(torch.sin(rows / 3).expand(length, 1, self.size, self.size), None)
 
     def crop(self, index: int, side: int) -> Tensor:
-        return self.clip(index, 1)[0, :, :side, :side]
-
-    def caption(self, index: int) -> str | None:
-        return None
+        return self.clip(index, 1).frames[0, :, :side, :side]
 
 
 class Backwards(Sampler):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ca2vdm_cli.autoencoder import Autoencoder, load_autoencoder
 from ca2vdm_cli.checkpoint import load_tensors, load_weights
 from ca2vdm_cli.config import Preset
-from ca2vdm_cli.data import ClipSource, MovingDigits
+from ca2vdm_cli.data import Clip, ClipSource, MovingDigits
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
@@ -287,15 +287,12 @@ def test_clips_are_read_in_order_and_only_as_long_as_needed(run: Runs, source: C
     asked: list[tuple[int, int]] = []
 
     class Counting:
-        def clip(self, index: int, frames: int) -> Tensor:
-            asked.append((index, frames))
-            return source.clip(index, frames)
+        def clip(self, index: int, length: int) -> Clip:
+            asked.append((index, length))
+            return source.clip(index, length)
 
         def crop(self, index: int, side: int) -> Tensor:
             raise AssertionError("no crops are needed")
-
-        def caption(self, index: int) -> str | None:
-            return None
 
     trainer = run(source=Counting())
     prefixes = [trainer.train_step().prefix for _ in range(3)]

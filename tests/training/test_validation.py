@@ -107,7 +107,7 @@ def brightness() -> Iterator[str]:
 def test_metrics_of_held_out_clips(brightness: str, tmp_path: Path) -> None:
     validate = validator(tmp_path, f"training.validation_metrics=[psnr, {brightness}]")
     report = validate(validate.model.state_dict(), 1)
-    pixels = torch.stack([validate.data.source.clip(index, 13) for index in range(3)])
+    pixels = torch.stack([validate.data.source.clip(index, 13).frames for index in range(3)])
     frames = np.rint((pixels.numpy() + 1) * 127.5)
     assert report.repeat_last_frame[brightness] == pytest.approx(frames[:, 8].mean(), abs=1e-3)
     latents = validate.data.autoencoder.encode(pixels.flatten(0, 1))
