@@ -16,7 +16,8 @@ import ca2vdm_cli
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"ca2vdm_cli": "ca2vdm_cli", "backends": "ca2vdm_backends", "presets": "ca2vdm_presets"}
-DATA = {".yaml", ".safetensors", ".png", ".md"}
+DATA = ["*.yaml", "*/*.yaml", "*/*.safetensors", "*/*.md", "moving-digits/digits.png"]
+"""What is installed of the presets; their scripts and curves are not."""
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -38,13 +39,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     expected = {
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
-        for folder, package in PACKAGES.items()
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".typed") or (folder == "presets" and path.suffix in DATA)
+        for package, folder, patterns in (
+            ("ca2vdm_cli", "ca2vdm_cli", ["**/*.py", "py.typed"]),
+            ("ca2vdm_backends", "backends", ["*.py"]),
+            ("ca2vdm_presets", "presets", ["__init__.py", *DATA]),
+        )
+        for pattern in patterns
+        for path in (ROOT / folder).glob(pattern)
     }
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == expected
-    assert {"ca2vdm_presets/moving-digits.yaml", "ca2vdm_presets/digits.png", "ca2vdm_presets/DIGITS.md"} <= names
+    moving_digits = {"preset.yaml", "model.safetensors", "autoencoder.safetensors", "digits.png", "DIGITS.md"}
+    assert {f"ca2vdm_presets/moving-digits/{name}" for name in moving_digits} <= names
 
 
 def test_wheel_installs_no_generic_names(wheel: Path) -> None:
@@ -60,7 +66,9 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata.get_all("Provides-Extra") == ["bench", "latent", "train", "dev"]
     assert "torch<2.14,>=2.6" in (metadata.get_all("Requires-Dist") or [])
-    assert f"{info}/licenses/LICENSE" in archive.namelist()
+    assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= set(archive.namelist())
+    links = dict(link.split(", ") for link in metadata.get_all("Project-URL") or [])
+    assert {"Homepage", "Repository", "Documentation", "Changelog", "Issues", "Paper"} == links.keys()
     assert "ca2vdm = ca2vdm_cli.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()
 
 
@@ -80,5 +88,5 @@ def test_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> Non
         text=True,
     )
     files = [Path(line) for line in run.stdout.splitlines()]
-    assert len(files) == 2 + len(list((ROOT / "presets").glob("*.yaml")))
+    assert len(files) == 2 + len([*(ROOT / "presets").glob("*.yaml"), *(ROOT / "presets").glob("*/preset.yaml")])
     assert all(file.is_relative_to(tmp_path) for file in files)

@@ -2,8 +2,8 @@
 
 python presets/moving-digits/make_gallery.py                 # docs/images/moving-digits.gif and contact-sheet.png
 
-The videos are numbers 0 to 7 of seed 0, those of ``ca2vdm sample --frames 600 --num-videos 8``. In the GIF, every fourth
-frame is shown at 12.5 frames per second, which is 1.7 times the preset's speed.
+The videos are numbers 0 to 7 of seed 0, those of ``ca2vdm sample --frames 600 --num-videos 8``. The GIF shows every
+fourth frame at 12.5 frames per second, which is 1.7 times the preset's speed.
 """
 
 from __future__ import annotations

@@ -316,7 +316,7 @@ def vary(images: Tensor) -> Tensor:
 
 
 def find_blobs(frame: np.ndarray, speck: float) -> tuple[int, int, int, int]:
-    """Number of blobs in a frame (H, W) that are at least as large as a speck; area, height and width of the largest."""
+    """Number of blobs in a frame (H, W) not smaller than a speck; area, height and width of the largest."""
     bright = (frame > 255 * BRIGHT).astype(np.uint8)
     _, _, stats, _ = cv2.connectedComponentsWithStats(bright, connectivity=8)
     blobs = [row for row in stats[1:] if row[cv2.CC_STAT_AREA] >= speck]
@@ -483,7 +483,7 @@ class Judge:
             raise UsageError("preset: synthetic_data.digits must be 1; digits that may overlap can't be measured")
         if (used := data.images_per_class) > MOST_USED:
             raise UsageError(
-                f"synthetic_data.images_per_class: {used} must be at most {MOST_USED} to leave enough for the classifier"
+                f"synthetic_data.images_per_class: {used} must be at most {MOST_USED}, to leave some for the classifier"
             )
         self.data = data
         images = torch.from_numpy(digit_images(SHIPPED)).unflatten(0, (10, SHIPPED))
