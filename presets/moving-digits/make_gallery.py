@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
@@ -30,7 +30,7 @@ LEVELS = 8
 """Gray levels in the GIF."""
 PAPER, TEXT = 255, 90
 """Gray levels of the background and of labels."""
-LABEL, MARGIN = 18, 62
+LABEL, MARGIN = 18, 50
 """Height of a line of labels, and width of the column of labels."""
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=IMAGES, help="folder of the pictures")
     args = parser.parse_args(arguments)
     try:
-        pipeline = Pipeline.load("moving-digits", dtype="float32")
+        pipeline = Pipeline.load("moving-digits")
         chunks = pipeline.sample(args.frames, videos=range(VIDEOS), seed=args.seed)
         videos = np.concatenate([chunk.frames for chunk in chunks], axis=1)[..., 0]  # (V, T, H, W)
     except UserError as error:
@@ -70,21 +70,18 @@ def write_animation(videos: np.ndarray, path: Path) -> None:
 
 
 def contact_sheet(videos: np.ndarray) -> np.ndarray:
-    """A row per video (V, T, H, W), a column per hundred frames, with labels: (height, width) uint8."""
+    """A column per video (V, T, H, W), a row for every hundredth frame, with labels: (height, width) uint8."""
     count = videos.shape[1]
-    frames = sorted({*range(0, count, 100), count - 1})
-    rows = [grid([enlarge(video[frame]) for frame in frames], len(frames)) for video in videos]
-    side = enlarge(videos[0, 0]).shape[1] + GAP
-    header = np.concatenate([label("frame", MARGIN), *(label(str(frame), side) for frame in frames)], axis=1)
-    lines = []
-    for index, row in enumerate(rows):
-        name = np.full((row.shape[0], MARGIN), PAPER, np.uint8)
-        middle = (row.shape[0] - LABEL) // 2
-        name[middle : middle + LABEL] = label(f"video {index}", MARGIN)
-        lines.append(np.concatenate([name, row], axis=1))
-    sheet = np.concatenate(lines)
-    header = np.pad(header, ((0, 0), (0, sheet.shape[1] - header.shape[1])), constant_values=PAPER)
-    return np.concatenate([header, sheet])
+    side = videos.shape[-1] + GAP
+    header = [label("frame", MARGIN), *(label(f"video {index}", side) for index in range(len(videos)))]
+    lines = [np.concatenate(header, axis=1)]
+    for frame in sorted({*range(0, count, 100), count - 1}):
+        images = grid(videos[:, frame], len(videos))
+        name = np.full((images.shape[0], MARGIN), PAPER, np.uint8)
+        middle = (images.shape[0] - LABEL) // 2
+        name[middle : middle + LABEL] = label(str(frame + 1), MARGIN)
+        lines.append(np.concatenate([name, images], axis=1))
+    return np.concatenate(lines)
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
@@ -93,7 +90,7 @@ def enlarge(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
 
-def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+def grid(images: Iterable[np.ndarray], columns: int) -> np.ndarray:
     """Images of one size (H, W) in rows of ``columns``, with a gap to the right of and below each."""
     framed = [np.pad(image, ((0, GAP), (0, GAP)), constant_values=PAPER) for image in images]
     return np.concatenate(
