@@ -20,6 +20,7 @@ from command_kit import ROOT
 
 from ca2vdm_cli.cli import app
 from ca2vdm_cli.config import Preset
+from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.presets import load_preset, preset_names
 from ca2vdm_cli.video_io import open_reader
 
@@ -29,6 +30,8 @@ PLACEHOLDERS = {"D": "float32", "F": "8", "N": "8", "P": "tiny", "A,B": "eager,s
 """Values for the placeholders of commands in prose; all others are file names."""
 FOREIGN_FLAGS = {"--extra-index-url", "--torch-backend"}
 """Flags of pip and uv."""
+PROSE = {"ca2vdm itself"}
+"""Spans that look like commands."""
 
 
 def find_pages() -> list[Path]:
@@ -102,6 +105,8 @@ def tool_arguments(words: list[str]) -> list[str] | None:
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Place and arguments of every ca2vdm command on any page; the place of a command in prose begins with "prose"."""
     for code in CODE:
+        if code.text in PROSE:
+            continue
         if code.language in ("bash", "sh") or (code.prose and re.match(r"(\S+/)?ca2vdm |.*-m ca2vdm_cli", code.text)):
             for words in command_lines(code):
                 arguments = tool_arguments(words)
@@ -176,7 +181,18 @@ SETTINGS = [(place, arguments) for place, arguments in COMMANDS if overrides_in(
 def test_settings_of_commands_are_valid(place: str, arguments: list[str]) -> None:
     """Key and value of each ``--set``, in the command's preset or else in the default one."""
     preset = arguments[arguments.index("--preset") + 1] if "--preset" in arguments else ""
-    load_preset(preset if preset in preset_names() else "moving-digits", overrides_in(arguments))
+    try:
+        load_preset(preset if preset in preset_names() else "moving-digits", overrides_in(arguments))
+    except UsageError as error:
+        name = re.search(r"there is no [\w ]+ '([^']+)'", str(error))
+        if not name or name[1] not in plugin_names(place.rpartition(":")[0]):
+            raise
+
+
+def plugin_names(page: str) -> set[str]:
+    """Names that the page's Python examples register."""
+    examples = [code.text for code in CODE if code.language == "python" and code.place.startswith(f"{page}:")]
+    return {name for text in examples for name in re.findall(r'\bname\b.*? = "([^"]+)"', text)}
 
 
 def preset_keys() -> set[str]:
@@ -242,6 +258,7 @@ def marked_block(marker: str) -> str:
     return block[1].strip()
 
 
+@pytest.mark.slow
 def test_the_sample_command_makes_its_video(tmp_path: Path) -> None:
     """As written, but in the environment of the tests; .ci/run tries a fresh one."""
     setup, _, command = marked_block("sample command").rpartition(" && ")
