@@ -185,7 +185,7 @@ def test_settings_of_commands_are_valid(place: str, arguments: list[str]) -> Non
         load_preset(preset if preset in preset_names() else "moving-digits", overrides_in(arguments))
     except UsageError as error:
         name = re.search(r"there is no [\w ]+ '([^']+)'", str(error))
-        if not name or name[1] not in plugin_names(place.rpartition(":")[0]):
+        if not name or name[1] not in plugin_names(place.removeprefix("prose of ").rpartition(":")[0]):
             raise
 
 
