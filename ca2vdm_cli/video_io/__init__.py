@@ -1,10 +1,11 @@
 """Everything about video files: single frames and their way to the model (``frames``), reading, writing."""
 
+from ca2vdm_cli.options import Aspect
+
 from .frames import (
     EXACT_COLOURS,
     IMAGE_SUFFIXES,
     MAX_PIXELS,
-    Aspect,
     Frame,
     Geometry,
     Size,

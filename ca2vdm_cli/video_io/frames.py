@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.options import Aspect
 
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]
@@ -84,18 +84,6 @@ def pixels(array: Any) -> Frame:
     """What OpenCV and PyAV return, with the type that mypy cannot know and the channel axis that OpenCV drops."""
     frame: Frame = np.ascontiguousarray(array, np.uint8)
     return frame[:, :, None] if frame.ndim == 2 else frame
-
-
-class Aspect(str, Enum):
-    """What happens to a picture whose shape is not the model's."""
-
-    CROP = "crop"
-    """The largest centred region of the model's shape is kept. The rest is unknown to the model, so the output is that
-    region only, of old and new frames alike."""
-    PAD = "pad"
-    """The whole picture between black bars; they are cut off again."""
-    STRETCH = "stretch"
-    """The whole picture, distorted to the model's shape and back."""
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ WRONG: list[tuple[list[object], str]] = [
     (["sample", "--checkpoint", "nope.safetensors"], "nope.safetensors: no such file"),
     (["sample", "--checkpoint", "."], "a folder without preset.yaml"),
     (["sample", "--preset", "W", "--backend", "nope"], "no backend 'nope'; known: auto, eager"),
-    (["sample", "--preset", "W", "--device", "warp"], "--device warp: not available here"),
+    (["sample", "--preset", "W", "--device", "warp"], "--device: warp is not available here"),
     (["sample", "--preset", "W", "--dtype", "int4"], "'int4' is not one of"),
     (["sample", "--preset", "W", "--format", "avi"], "cannot be written as 'avi'; use mp4"),
     (["sample", "--preset", "W", "-o", "out.avi"], "out.avi: cannot be written as 'avi'; use mp4"),
@@ -248,7 +248,7 @@ WRONG: list[tuple[list[object], str]] = [
     (["sample", "--preset", "W", "--set", "model.dept=3"], "did you mean model.depth?"),
     (["sample", "--preset", "W", "--set", "model.depth=x"], "model.depth"),
     (["sample", "--preset", "W", "--set", "model.depth"], "needs a key and a value"),
-    (["sample", "--preset", "W", "--steps", 5000], "steps: 5000 must be from 1 to 1000"),
+    (["sample", "--preset", "W", "--steps", 5000], "error: --steps: 5000 must be from 1 to 1000"),
     (
         ["sample", "--preset", "W", "--seed", 2**63],
         "--seed': Input should be less than or equal to 9223372036854775807",
@@ -271,7 +271,11 @@ WRONG: list[tuple[list[object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "expected"), WRONG, ids=lambda value: " ".join(map(str, value))[:60])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    WRONG,
+    ids=lambda value: " ".join(map(str, value if isinstance(value, list) else [value]))[:60],
+)
 def test_wrong_request(weights: Path, refused: Refused, arguments: list[object], expected: str) -> None:
     assert expected in refused(2, *(weights if argument == "W" else argument for argument in arguments))
     assert list(Path().iterdir()) == []  # and it has left nothing behind
@@ -319,7 +323,7 @@ def test_too_little_memory_is_no_fault_of_the_program(
 
     monkeypatch.setattr(KVCache, "plan", fail)
     line = refused(1, "sample", "--preset", weights, *GENERATE, "-o", "out.mp4")
-    assert line == "error: out of memory; take a smaller batch, window or size (ca2vdm plan says what fits)"
+    assert line == "error: out of memory; use a smaller batch, window or size (ca2vdm plan says what fits)"
 
 
 def test_overflow_is_not_written(weights: Path, refused: Refused) -> None:
