@@ -196,9 +196,9 @@ class Registry(Mapping[str, T], Generic[T]):
         entry_class: type = entry if isinstance(entry, type) else type(entry)
         title, base = entry_class.__name__, self.kind.title()
         if self.instances and isinstance(entry, type):
-            raise UserError(f"{owner} registers the class {title} as a {self.kind}; it must be an instance")
+            raise UserError(f"{owner} registers the class {title}; a {self.kind} must be an instance")
         if not self.instances and not isinstance(entry, type):
-            raise UserError(f"{owner} registers an instance of {title} as a {self.kind}; it must be a class")
+            raise UserError(f"{owner} registers an instance of {title}; a {self.kind} must be a class")
         if not any(parent.__name__ == base and _is_ours(parent) for parent in entry_class.__mro__):
             raise UserError(f"{owner} registers the {self.kind} {title}, which does not extend ca2vdm_cli.{base}")
         for attribute in ("name", "description"):

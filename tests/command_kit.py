@@ -20,10 +20,13 @@ Refused = Callable[..., str]
 """Of the fixture ``refused``."""
 Report = Callable[..., Any]
 """Of the fixture ``report``."""
+AddPlugin = Callable[..., None]
+"""Of the fixture ``add_plugin``."""
 
 ROOT = Path(__file__).parents[1]
 """The checkout."""
-COMMANDS = ["sample", "extend", "train", "bench", "plan", "verify", "import", "backends", "presets", "presets show"]
+COMMANDS = ["sample", "extend", "train", "bench", "plan", "verify", "import", "backends", "plugins", "presets"]
+SUBCOMMANDS = ["presets show"]
 RUN = ["--device", "cpu", "--backend", "eager"]
 GENERATE = [*RUN, "--dtype", "float32", "--steps", 3]
 STRATEGIES = ["cached", "recompute"]

@@ -6,18 +6,20 @@ would pass whatever the branches did.
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_kit import GENERATE, RUN, Make, Refused, Report, ca2vdm, load
+from command_kit import GENERATE, RUN, AddPlugin, Make, Refused, Report, ca2vdm, load
 
+from ca2vdm_cli import plugins
 from ca2vdm_cli.config import ModelConfig
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
-from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.video_io import Frame
 
 
@@ -48,7 +50,7 @@ def make_model(make_config: Callable[..., ModelConfig]) -> Callable[..., CausalV
     def make(backend: str = "eager", **changes: Any) -> CausalVideoTransformer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = CausalVideoTransformer(make_config(**changes), backends[backend])
+            model = CausalVideoTransformer(make_config(**changes), plugins.backends[backend])
             randomize(model)
         return model.eval().requires_grad_(False)
 
@@ -127,6 +129,34 @@ def report(capsys: pytest.CaptureFixture[str]) -> Report:
         return json.loads(capsys.readouterr().out)
 
     return report
+
+
+@pytest.fixture
+def fresh_plugins() -> Iterator[None]:
+    """Look for plug-ins anew, and forget afterwards what was found."""
+    plugins.forget_plugins()
+    yield
+    plugins.forget_plugins()
+
+
+@pytest.fixture
+def add_plugin(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, fresh_plugins: None
+) -> AddPlugin:
+    """``add_plugin(name, source)``: a plug-in with this module, as if pip had installed it."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    monkeypatch.syspath_prepend(folder)
+
+    def add(name: str, source: str) -> None:
+        (folder / f"{name}_module.py").write_text(source, encoding="utf-8")
+        info = folder / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[ca2vdm]\n{name} = {name}_module\n")
+        monkeypatch.delitem(sys.modules, f"{name}_module", raising=False)
+        importlib.invalidate_caches()
+
+    return add
 
 
 @torch.no_grad()

@@ -18,12 +18,14 @@ import yaml
 from command_kit import (
     COMMANDS,
     RUN,
+    SUBCOMMANDS,
     Make,
     Refused,
     Report,
     apart,
     ca2vdm,
 )
+from torch import Tensor
 
 from ca2vdm_cli import __version__
 from ca2vdm_cli.checkpoint import load_tensors
@@ -123,6 +125,9 @@ class Unavailable(Backend):
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return "pip install imaginary[all] first"
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
 
 def test_backends(
     report: Report,
@@ -147,7 +152,7 @@ def test_backends(
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, *SUBCOMMANDS])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm(*command.split(), "--help") == 0
     out, text = capsys.readouterr()
@@ -157,7 +162,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_command_is_a_wish_for_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm() == 0
-    assert set(COMMANDS[:-1]) <= set(capsys.readouterr().out.split())
+    assert set(COMMANDS) <= set(capsys.readouterr().out.split())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +172,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_is_instant() -> None:
     """Another process: neither --version nor any --help brings in a large library."""
-    requests = [["--version"], *([*command.split(), "--help"] for command in ["", *COMMANDS])]
+    requests = [["--version"], *([*command.split(), "--help"] for command in ["", *COMMANDS, *SUBCOMMANDS])]
     code = f"""if True:
         import sys
         from ca2vdm_cli.__main__ import main
