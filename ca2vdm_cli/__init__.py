@@ -25,6 +25,7 @@ STARTED = perf_counter()
 """When this process began to use the package: what "seconds since the start" counts from."""
 
 __version__ = "0.1.0"
+"""The version of this package."""
 
 _HOME = {  # name: the module it lives in
     "Autoencoder": "autoencoder",

@@ -162,7 +162,10 @@ def sample(
     quiet: QuietOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Generate a video of any length, from nothing or from a first frame."""
+    """Generate a video of any length.
+
+    It starts from nothing, or from a given first frame.
+    """
     from .commands.generate import OutputOptions, run_sample
 
     run_sample(
@@ -508,7 +511,10 @@ def import_(
 
 @app.command()
 def backends(json: JsonOption = False, device: DeviceOption = "auto", dtype: DtypeOption = Dtype.AUTO) -> None:
-    """List the attention backends and whether each is available here."""
+    """List the backends and whether each is available.
+
+    If not, it says why.
+    """
     from .commands.catalog import list_backends
 
     list_backends(device=device, dtype=dtype, as_json=json)
@@ -516,9 +522,10 @@ def backends(json: JsonOption = False, device: DeviceOption = "auto", dtype: Dty
 
 @app.command()
 def plugins(json: JsonOption = False) -> None:
-    """List everything that plug-ins can add: backends, samplers, contexts, autoencoders, readers and metrics.
+    """List everything that plug-ins can add.
 
-    Shows each name, its description, and the plug-in that registered it. docs/plugins.md says how to write one.
+    Shows each backend, sampler, context, autoencoder, reader and metric, and who registered it. docs/plugins.md says
+    how to write a plug-in.
     """
     from .commands.catalog import list_plugins
 
@@ -564,11 +571,11 @@ def _bare_json(arguments: list[str]) -> list[str]:
     return out
 
 
-def _name_the_flag(error: UsageError, options: dict[str, str]) -> None:
-    """Begin an error of the library, which names an argument such as ``first_frame:``, with the flag instead."""
-    setting, colon, problem = str(error).partition(":")
-    if colon and setting in options:
-        error.args = (f"{options[setting]}:{problem}",)
+def _name_the_flag(error: UsageError, flags: dict[str, str]) -> None:
+    """Change an error of the library that begins with an argument's name, ``first_frame:``, to begin with the flag."""
+    argument, colon, problem = str(error).partition(":")
+    if colon and argument in flags:
+        error.args = (f"{flags[argument]}:{problem}",)
 
 
 def run(arguments: list[str]) -> int:
@@ -590,6 +597,7 @@ def run(arguments: list[str]) -> int:
         raise UsageError(f"{error.format_message().rstrip('.')}; see {path} --help") from error
     except UsageError as error:
         parameters = command.commands[context.invoked_subcommand].params
-        _name_the_flag(error, {p.name: max(p.opts, key=len) for p in parameters if p.param_type_name == "option"})
+        flags = {p.name: max(p.opts, key=len) for p in parameters if p.param_type_name == "option"}
+        _name_the_flag(error, flags | {"overrides": "--set"})
         raise
     return 0

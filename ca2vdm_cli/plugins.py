@@ -214,11 +214,17 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 backends: Registry[Backend] = Registry("backend", "attend", instances=True, reserved=(AUTO,))
+"""All attention backends, by name."""
 samplers: Registry[Any] = Registry("sampler")
+"""All sampler classes, by name."""
 contexts: Registry[Any] = Registry("context", "create")
+"""All context classes (caches and baselines), by name."""
 autoencoders: Registry[Any] = Registry("autoencoder", "encode", "decode", reserved=("none",))
+"""All autoencoder classes, by name."""
 readers: Registry[Any] = Registry("reader", instances=True, reserved=(AUTO, "moving-digits"))
+"""All data set readers, by name."""
 metrics: Registry[Any] = Registry("metric", instances=True)
+"""All metrics, by name."""
 REGISTRIES: tuple[Registry[Any], ...] = (backends, samplers, contexts, autoencoders, readers, metrics)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,26 @@ from ca2vdm_cli import plugins
 from ca2vdm_cli.config import ModelConfig
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.video_io import Frame
+
+
+def pytest_configure() -> None:
+    """Undo what the suite inherits if it is started in the background of a script, or under nohup: ignored signals.
+
+    Child processes would inherit them, so tests that interrupt a child would wait for ever.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)  # children don't ignore it; the suite still does
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Each test begins with the same signal handlers, whatever commands ran before it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, under which names, and that it works without the source tree."""
+"""The wheel: its files, their names, its metadata, and that it works without the source tree."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from command_kit import ROOT
 
 import ca2vdm_cli
+from ca2vdm_cli.presets import preset_names
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
 PACKAGES = {"ca2vdm_cli": "ca2vdm_cli", "backends": "ca2vdm_backends", "presets": "ca2vdm_presets"}
-DATA = {".yaml", ".safetensors", ".png", ".md"}
+"""Folder of each package: its name once installed."""
+DATA = {".yaml", ".safetensors", ".md"}
+"""Data files of presets; besides these, only the default preset's digits.png."""
+LEGAL = [name for name in ("LICENSE", "NOTICE") if (ROOT / name).exists()]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", *LEGAL):
         shutil.copy(ROOT / name, source)
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -36,15 +42,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
-    expected = {
-        f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
-        for folder, package in PACKAGES.items()
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".typed") or (folder == "presets" and path.suffix in DATA)
-    }
+    """Scripts beside a preset, and pictures for its README, are not installed."""
+    code = [path for folder in ("ca2vdm_cli", "backends") for path in (ROOT / folder).rglob("*.py")]
+    data = [path for path in (ROOT / "presets").rglob("*") if path.suffix in DATA or path.name == "digits.png"]
+    files = [*code, *data, ROOT / "ca2vdm_cli" / "py.typed", ROOT / "presets" / "__init__.py"]
+    relative = [path.relative_to(ROOT).parts for path in files]
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == expected
-    assert {"ca2vdm_presets/moving-digits.yaml", "ca2vdm_presets/digits.png", "ca2vdm_presets/DIGITS.md"} <= names
+    assert names == {"/".join([PACKAGES[folder], *rest]) for folder, *rest in relative}
+    assert {"preset.yaml", "digits.png", "DIGITS.md"} <= {
+        name.removeprefix("ca2vdm_presets/moving-digits/") for name in names
+    }
 
 
 def test_wheel_installs_no_generic_names(wheel: Path) -> None:
@@ -60,7 +67,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata.get_all("Provides-Extra") == ["bench", "latent", "train", "dev"]
     assert "torch<2.14,>=2.6" in (metadata.get_all("Requires-Dist") or [])
-    assert f"{info}/licenses/LICENSE" in archive.namelist()
+    assert {f"{info}/licenses/{name}" for name in LEGAL} <= set(archive.namelist())
     assert "ca2vdm = ca2vdm_cli.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()
 
 
@@ -80,5 +87,5 @@ def test_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> Non
         text=True,
     )
     files = [Path(line) for line in run.stdout.splitlines()]
-    assert len(files) == 2 + len(list((ROOT / "presets").glob("*.yaml")))
+    assert len(files) == 2 + len(preset_names())
     assert all(file.is_relative_to(tmp_path) for file in files)

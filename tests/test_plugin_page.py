@@ -35,6 +35,7 @@ def videos(in_an_empty_folder: None) -> None:
     Path("clips.list").write_text("clip.mp4\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [registry.kind for registry in REGISTRIES])
 def test_example_of_each_hook(kind: str, add_plugin: AddPlugin, report: Report, videos: None) -> None:
     add_plugin("example", *blocks(kind.title(), "python"))

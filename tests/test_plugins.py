@@ -91,6 +91,7 @@ def test_unknown_backend_lists_the_known_ones(fresh_plugins: None) -> None:
         plugins.choose_backend("spda", CPU, torch.float32)
 
 
+@pytest.mark.slow
 def test_installed_plugin_is_found(tmp_path: Path) -> None:
     """A real distribution, installed by pip without the network and found by another process."""
     sources, target = tmp_path / "sources", tmp_path / "target"

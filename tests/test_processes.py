@@ -24,6 +24,8 @@ from ca2vdm_cli.training import sharding as zero
 from ca2vdm_cli.training.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
 from ca2vdm_cli.training.trainer import check_sharing
 
+pytestmark = pytest.mark.slow
+
 KILLED = -9
 # Kills the process, as ``kill -9`` does, at the n-th thing that saving does to the disk; files are left half written.
 DRIVER = """

@@ -94,7 +94,7 @@ def test_import_runs_no_code(refused: Refused, content: object) -> None:
     assert not Path("sprung").exists()
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
+# --- lists ----------------------------------------------------------------------------------------------------
 
 
 def test_presets(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,9 +160,51 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert text == ""
 
 
-def test_no_command_is_a_wish_for_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm() == 0
     assert set(COMMANDS) <= set(capsys.readouterr().out.split())
+
+
+# --- completion -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        ca2vdm("--show-completion", shell)
+    assert end.value.code == 0
+    assert "_CA2VDM_COMPLETE" in capsys.readouterr().out
+
+
+def test_completion_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        ca2vdm("--install-completion", "bash")
+    assert end.value.code == 0
+    assert any("_CA2VDM_COMPLETE" in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("ca2vdm pl", {"plan", "plugins"}),
+        ("ca2vdm sample --preset moving", {"moving-digits"}),
+        ("ca2vdm presets show ti", {"tiny"}),
+        ("ca2vdm sample --backend ", {"auto", "eager", "sdpa", "compile"}),
+        ("ca2vdm plan --sampler dd", {"ddim"}),
+        ("ca2vdm extend in.mp4 --strategy rec", {"recompute", "recompute-extendable"}),
+        ("ca2vdm sample --dtype b", {"bfloat16"}),
+    ],
+)
+def test_completion(words: str, expected: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another process, where completing must not import torch."""
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr));"
+    code += "from ca2vdm_cli.__main__ import main; main()"
+    monkeypatch.setenv("_CA2VDM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (set(run.stdout.split()), run.stderr) == (expected, "False\n")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,6 +240,7 @@ def test_freed_memory_is_kept_unless_the_user_says_how(own: bool, monkeypatch: p
     assert asked == ([] if own else [(-1, 2**30), (-3, 2**25)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [[sys.executable, "-m", "ca2vdm_cli"], ["ca2vdm"]])
 def test_program(program: list[str]) -> None:
     if program == ["ca2vdm"]:
@@ -208,6 +251,7 @@ def test_program(program: list[str]) -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, f"ca2vdm {__version__}\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code"), [("--version >&-", 0), ("presets show nope 2>&-", 2), ("extend - <&-", 1)]
 )

@@ -15,6 +15,8 @@ import pytest
 from ca2vdm_cli.__main__ import main
 from ca2vdm_cli.video_io import Frame, open_reader
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = [sys.executable, "-W", "error", "-m", "ca2vdm_cli"]
 BEGIN = "import sys; from ca2vdm_cli.__main__ import main; print('main', flush=True); sys.exit(main())"
 ANNOUNCING = [sys.executable, "-W", "error", "-c", BEGIN]

@@ -245,9 +245,12 @@ WRONG: list[tuple[list[object], str]] = [
     (["sample", "--preset", "W", "--format", "avi"], "cannot be written as 'avi'; use mp4"),
     (["sample", "--preset", "W", "-o", "out.avi"], "out.avi: cannot be written as 'avi'; use mp4"),
     (["sample", "--preset", "W", "-o", "-", "--format", "gif"], "cannot be written as 'gif'; use y4m, mkv"),
-    (["sample", "--preset", "W", "--set", "model.dept=3"], "did you mean model.depth?"),
+    (
+        ["sample", "--preset", "W", "--set", "model.dept=3"],
+        "--set: 'model.dept' is not a key of a preset; did",
+    ),
     (["sample", "--preset", "W", "--set", "model.depth=x"], "model.depth"),
-    (["sample", "--preset", "W", "--set", "model.depth"], "needs a key and a value"),
+    (["sample", "--preset", "W", "--set", "model.depth"], "--set: model.depth must be a key and a value"),
     (["sample", "--preset", "W", "--steps", 5000], "error: --steps: 5000 must be from 1 to 1000"),
     (
         ["sample", "--preset", "W", "--seed", 2**63],
