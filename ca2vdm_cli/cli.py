@@ -56,10 +56,10 @@ CheckpointOption = Annotated[
 FramesOption = Annotated[
     int | None, typer.Option(min=1, help="Length in frames; there is no limit. Default: the preset's.")
 ]
-NumVideosOption = Annotated[int, typer.Option(min=1, help="Number of different videos; outputs get a number each.")]
+NumVideosOption = Annotated[int, typer.Option(min=1, help="Number of videos; each output gets a number.")]
 LARGEST_SEED = 2**63 - 1
 SeedOption = Annotated[
-    int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed. Length and batch size do not change its video.")
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed. Its frames depend on neither length nor batch size.")
 ]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk. Default: the preset's.")]
 SamplerOption = Annotated[

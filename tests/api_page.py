@@ -25,8 +25,8 @@ each name is loaded on first use. [Plug-ins](plugins.md) has examples of the bas
 """
 SECTIONS = {
     "Generating": ("pipeline",),
-    "Presets": ("presets",),
-    "Training": ("training",),
+    "Presets": ("presets", "config"),
+    "Training": ("training", "data.source"),
     "Registries": ("plugins",),
     "Base classes of plug-ins": (
         *("hookspecs", "lazy", "model.attention", "generate.samplers", "generate.context", "autoencoder"),
@@ -53,7 +53,7 @@ def render() -> str:
         modules = [module for prefix in prefixes for module in names if f"{module}.".startswith(f"{prefix}.")]
         parts += [f"\n## {title}\n"] if modules else []
         for module in modules:
-            for name in [*names.pop(module), *RELATED.get(module, [])]:
+            for name in dict.fromkeys([*names.pop(module), *RELATED.get(module, [])]):
                 parts += describe(name, module)
     assert not names, f"SECTIONS lacks these: {names}"
     return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)) + "\n"
@@ -61,9 +61,10 @@ def render() -> str:
 
 @cache
 def definitions(module: str) -> dict[str, tuple[Definition, str | None]]:
-    """The classes, functions and variables at the top of a module, with their docstrings."""
-    path = PACKAGE / f"{module.replace('.', '/')}.py"
-    return documented(ast.parse(path.read_text(encoding="utf-8")).body)
+    """The classes, functions and variables of a module or of a package's modules, with their docstrings."""
+    path = PACKAGE / module.replace(".", "/")
+    files = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    return documented([node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body])
 
 
 def documented(body: list[ast.stmt]) -> dict[str, tuple[Definition, str | None]]:
