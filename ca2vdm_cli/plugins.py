@@ -124,7 +124,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
 
     def owner(self, name: str) -> str:
-        """Who registered an entry: ``ca2vdm itself``, a plug-in and its distribution, or ``Python code``."""
+        """Who registered an entry: this package, a plug-in of some distribution, or Python code."""
         return self._owners[name]
 
     def builtin_names(self) -> list[str]:
