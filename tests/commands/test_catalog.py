@@ -1,4 +1,4 @@
-"""``ca2vdm import``, ``backends``, ``presets``, and help."""
+"""``ca2vdm import``, ``backends``, ``plugins`` and ``presets``, help and shell completion."""
 
 from __future__ import annotations
 
@@ -212,8 +212,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ca2vdm {__version__}\n"
 
 
-def test_help_is_instant() -> None:
-    """Another process: neither --version nor any --help brings in a large library."""
+def test_help_imports_no_large_library() -> None:
+    """In another process: neither --version nor any --help."""
     requests = [["--version"], *([*command.split(), "--help"] for command in ["", *COMMANDS, *SUBCOMMANDS])]
     code = f"""if True:
         import sys
@@ -228,7 +228,7 @@ def test_help_is_instant() -> None:
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_freed_memory_is_kept_unless_the_user_says_how(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freed_memory_is_kept_unless_the_environment_configures_it(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
     library = SimpleNamespace(mallopt=lambda option, value: asked.append((option, value)))
     monkeypatch.setattr("ctypes.CDLL", lambda name: library)
