@@ -233,8 +233,8 @@ class Generation:
             except KeyboardInterrupt:
                 stack.close()
                 names = ", ".join(writer.name for writer in self.writers if writer.frames)
-                made = f"{self.new_frames} new frames are in {names}" if self.new_frames else "before any new frame"
-                note(f"interrupted: {made}", quiet=self.quiet)
+                result = f"{self.new_frames} new frames are in {names}"
+                note(f"interrupted: {result if self.new_frames else 'no new frame was generated'}", quiet=self.quiet)
                 raise
 
     @contextmanager

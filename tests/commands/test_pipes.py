@@ -114,7 +114,7 @@ def test_interrupting_a_pipe_of_commands(start: Any, generate: list[str], tmp_pa
         child.send_signal(signal.SIGINT)
     assert (sample.wait(TIMEOUT), extend.wait(TIMEOUT)) == (130, 130)
     assert sample.stderr.read() == b""
-    assert extend.stderr.read() == b"interrupted: before any new frame\n"
+    assert extend.stderr.read() == b"interrupted: no new frame was generated\n"
     assert not (tmp_path / "out.mkv").exists()
 
 
