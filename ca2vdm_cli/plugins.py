@@ -9,12 +9,13 @@ Nothing in this module imports torch.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pluggy
@@ -194,23 +195,40 @@ class Registry(Mapping[str, T], Generic[T]):
     def _checked(self, entry: Any, owner: str) -> Any:
         """Return the entry if it has all that its kind needs."""
         entry_class: type = entry if isinstance(entry, type) else type(entry)
-        title, base = entry_class.__name__, self.kind.title()
+        title = entry_class.__name__
         if self.instances and isinstance(entry, type):
             raise UserError(f"{owner} registers the class {title}; a {self.kind} must be an instance")
         if not self.instances and not isinstance(entry, type):
             raise UserError(f"{owner} registers an instance of {title}; a {self.kind} must be a class")
-        if not any(parent.__name__ == base and _is_ours(parent) for parent in entry_class.__mro__):
-            raise UserError(f"{owner} registers the {self.kind} {title}, which does not extend ca2vdm_cli.{base}")
+        if fault := self._fault(entry, entry_class):
+            raise UserError(f"{owner} registers the {self.kind} {title}, {fault}")
+        return entry
+
+    def _fault(self, entry: Any, entry_class: type) -> str | None:
+        """What is wrong with an entry, if anything."""
+        name, parents = self.kind.title(), entry_class.__mro__
+        base = next((parent for parent in parents if parent.__name__ == name and _is_ours(parent)), None)
+        if base is None:
+            return f"which does not extend ca2vdm_cli.{name}"
         for attribute in ("name", "description"):
             if not isinstance(getattr(entry, attribute, None), str):
-                raise UserError(f"{owner} registers the {self.kind} {title}, whose {attribute} is not a string")
+                return f"whose {attribute} is not a string"
         if not re.fullmatch(r"[^\s,]+", entry.name):
-            raise UserError(f"{owner} registers the {self.kind} {entry.name!r}; a name has no spaces and no commas")
-        methods = [(name, getattr(entry_class, name)) for name in self.required]
-        missing = [name for name, method in methods if method.__qualname__ == f"{base}.{name}" and _is_ours(method)]
+            return f"whose name {entry.name!r} has spaces or commas, or is empty"
+        find = inspect.getattr_static
+        missing = [method for method in self.required if find(entry_class, method) is find(base, method)]
         if missing := missing or sorted(getattr(entry_class, "__abstractmethods__", ())):
-            raise UserError(f"{owner} registers the {self.kind} {title}, which does not implement {missing[0]}")
-        return entry
+            return f"which does not implement {missing[0]}"
+        for method, declared in vars(base).items():
+            if isinstance(declared, FunctionType | classmethod) and (
+                method == "__init__" or not method.startswith("_")
+            ):
+                arguments = list(inspect.signature(getattr(base, method)).parameters)
+                try:
+                    inspect.signature(getattr(entry_class, method)).bind(*arguments)
+                except TypeError:
+                    return f"whose {method} does not take the arguments {', '.join(arguments)}"
+        return None
 
 
 backends: Registry[Backend] = Registry("backend", "attend", instances=True, reserved=(AUTO,))
