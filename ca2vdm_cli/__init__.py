@@ -29,6 +29,7 @@ STARTED = perf_counter()
 """When this process imported the package; run times are measured from here."""
 
 __version__ = "0.1.0"
+"""The version of this package."""
 
 _HOME = {  # name: the module it lives in
     "Autoencoder": "autoencoder",

@@ -1,4 +1,4 @@
-"""``ca2vdm`` and ``python -m ca2vdm_cli``: run a command, and turn what goes wrong into one line and an exit code."""
+"""``ca2vdm`` and ``python -m ca2vdm_cli``: run a command, and turn errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 when it worked (also when the reader of standard output went away), 1 when the run failed, 2 when the request
-        was wrong, 130 on Ctrl-C.
+        0 on success (also if the reader of standard output went away), 1 if the run failed, 2 if the request was wrong,
+        130 on Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
-    _open_what_is_closed()
+    _open_closed_streams()
     _treat_termination_as_interrupt()
     _keep_freed_memory()
     try:
@@ -45,47 +45,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         from .terminal import print_error
 
-        if isinstance(error, OSError) and error.strerror:  # a full disk, a file without permission
-            where = error.filename if isinstance(error.filename, str) else "output"
-            error = UserError(f"{where}: {error.strerror}; check permissions and free space")
-        if _is_out_of_memory(error):
-            error = UserError("out of memory; take a smaller batch, window or size (ca2vdm plan says what fits)")
-        if not isinstance(error, UserError):
-            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            error = UserError(f"{what} (a fault of the program; --debug shows where, please report it)")
-        print_error(error)
-        return error.exit_code
+        shown = _user_error(error)
+        print_error(shown)
+        return shown.exit_code
+
+
+def _user_error(error: Exception) -> UserError:
+    """The error to show for any exception."""
+    from .plugins import one_line, plugin_failure
+
+    if isinstance(error, UserError):
+        return error
+    if _is_out_of_memory(error):
+        return UserError("out of memory; use a smaller batch, window or size (ca2vdm plan says what fits)")
+    if failure := plugin_failure(error):
+        return failure
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a file without permission
+        place = error.filename if isinstance(error.filename, str) else "output"
+        return UserError(f"{place}: {error.strerror}; check permissions and free space")
+    return UserError(f"{one_line(error)} (a bug in ca2vdm; --debug shows the traceback, please report it)")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch has a type for a GPU's memory only, and says it in words of the processor's."""
+    """PyTorch has an exception type for GPU memory only; on the CPU only the message tells."""
     words = ("not enough memory", "can't allocate memory", "out of memory")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )
 
 
-def _open_what_is_closed() -> None:
-    """A shell may close standard streams (``>&-``), which Python leaves as None: nothing is read or written there."""
+def _open_closed_streams() -> None:
+    """Connect standard streams that the shell closed (``>&-``), which Python sets to None, to the null device."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - for as long as Python runs
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - open until Python exits
             atexit.register(stream.close)
             setattr(sys, name, stream)
 
 
 def _treat_termination_as_interrupt() -> None:
-    """SIGTERM and a terminal that is closed too leave a playable file of the finished chunks."""
+    """Let SIGTERM and a closed terminal act like Ctrl-C, which leaves a playable file of the finished chunks."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # ignored under nohup
             signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc's allocator keep freed memory for what is allocated next, unless the user's environment says how.
+    """Let glibc's allocator keep freed memory for later allocations, unless the environment configures it.
 
-    By default it gives a step's large tensors back to the system, which then clears every page of the next step's.
+    By default it returns large tensors to the system after each step, which must then clear every page for the next.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -96,9 +105,9 @@ def _keep_freed_memory() -> None:
 
 
 def _discard_output() -> None:
-    """Nobody reads standard output any more: keep Python from complaining about that when it exits."""
-    with open(os.devnull, "w", encoding="ascii") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    """Redirect standard output, which nobody reads any more, so that Python does not complain when it exits."""
+    with open(os.devnull, "w", encoding="ascii") as null:
+        os.dup2(null.fileno(), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

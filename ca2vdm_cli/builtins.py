@@ -1,6 +1,6 @@
-"""What comes with ca2vdm, registered through the same hooks as any plug-in's entries.
+"""The built-in entries, registered through the same hooks as those of plug-ins.
 
-Entries are ``Lazy``: their names are known, and their modules, which need torch, are imported when they are used.
+They are ``Lazy``: their names are known at once, and their modules, which need torch, are imported on first use.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def ca2vdm_register_autoencoders(register: Register) -> None:
 
 @hookimpl
 def ca2vdm_register_readers(register: Register) -> None:
-    # in the order in which data.format: auto asks them
+    # in the order in which ``data.format: auto`` tries them
     register(Lazy("ucf101", "ca2vdm_cli.data.readers:ucf101"))
     register(Lazy("jsonl", "ca2vdm_cli.data.readers:jsonl"))
     register(Lazy("videos", "ca2vdm_cli.data.readers:videos"))

@@ -5,7 +5,7 @@ This module must stay free of torch, so that ``--help`` is instant.
 
 from __future__ import annotations
 
-from enum import Enum
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ import typer
 
 from . import __version__
 from .errors import UsageError
+from .options import Aspect, Dtype
 
 # newer versions of typer carry their own copy of click
 _click = import_module("typer._click.exceptions" if find_spec("typer._click") else "click.exceptions")
@@ -22,62 +23,77 @@ _click = import_module("typer._click.exceptions" if find_spec("typer._click") el
 app = typer.Typer(
     name="ca2vdm",
     help="Long videos from a causal video diffusion model: each frame's keys and values are computed once and cached.",
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="--debug, with any command, shows the traceback of an error.",
 )
 
 
-class DtypeName(str, Enum):
-    """``runtime.Dtype``, without importing torch."""
+def _preset_names() -> list[str]:
+    from .presets import preset_names
 
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+    return preset_names()
 
 
-class AspectName(str, Enum):
-    """``video_io.Aspect``, without importing PyAV."""
+def _builtin_names(kind: str) -> list[str]:
+    """Names for shell completion. Plug-ins are left out: loading them may take seconds."""
+    from . import plugins
 
-    crop = "crop"
-    pad = "pad"
-    stretch = "stretch"
+    registry = getattr(plugins, kind)
+    return [*(name for name in registry.reserved if name == plugins.AUTO), *registry.builtin_names()]
 
 
 PresetOption = Annotated[
-    str | None, typer.Option(help="A preset's name, file or folder (see `ca2vdm presets`). Default: moving-digits.")
+    str | None,
+    typer.Option(
+        help="A preset's name, file or folder (see `ca2vdm presets`). Default: moving-digits.",
+        autocompletion=_preset_names,
+    ),
 ]
 CheckpointOption = Annotated[
-    Path | None, typer.Option(help="Weights to use: a safetensors file, or a training run's folder.")
+    Path | None, typer.Option(help="Weights to use: a safetensors file, or the folder of a training run.")
 ]
-FramesOption = Annotated[int | None, typer.Option(min=1, help="How many frames; any number. Default: the preset's.")]
-NumVideosOption = Annotated[int, typer.Option(min=1, help="How many different videos; -o gets a number each.")]
+FramesOption = Annotated[
+    int | None, typer.Option(min=1, help="Length in frames; there is no limit. Default: the preset's.")
+]
+NumVideosOption = Annotated[int, typer.Option(min=1, help="Number of videos; each output gets a number.")]
 LARGEST_SEED = 2**63 - 1
 SeedOption = Annotated[
-    int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of all randomness. Does not depend on length or batch.")
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed. Its frames depend on neither length nor batch size.")
 ]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk. Default: the preset's.")]
 SamplerOption = Annotated[
     str | None,
     typer.Option(
-        help="ancestral, ddim, dpm++, log-snr, trailing, or a scheduler class of diffusers. Default: the preset's."
+        help="ancestral, ddim, dpm++, log-snr, trailing, or a scheduler class of diffusers. Default: the preset's.",
+        autocompletion=lambda: _builtin_names("samplers"),
     ),
 ]
-BackendOption = Annotated[str, typer.Option(help="How to run the model (see `ca2vdm backends`); auto picks the best.")]
+BackendOption = Annotated[
+    str,
+    typer.Option(
+        help="Attention backend (see `ca2vdm backends`); auto picks the best.",
+        autocompletion=lambda: _builtin_names("backends"),
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-DtypeOption = Annotated[DtypeName, typer.Option(help="auto is bfloat16 where the processor computes in it natively.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Data type of the model; auto is bfloat16 if the device has native support for it.")
+]
 StrategyOption = Annotated[
     str,
-    typer.Option(metavar="NAME", help="How finished frames reach the network: cached, recompute, or another context."),
+    typer.Option(
+        metavar="NAME",
+        help="How the network sees finished frames: cached, recompute, or another context (see `ca2vdm plugins`).",
+        autocompletion=lambda: _builtin_names("contexts"),
+    ),
 ]
 ContextOption = Annotated[int | None, typer.Option(min=1, help="Window in frames. Default: the preset's.")]
 PromptOption = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="What to show, for presets with a text encoder.")
+    str | None, typer.Option(metavar="TEXT", help="What the video shows, for presets with a text encoder.")
 ]
 GuidanceOption = Annotated[
-    float | None, typer.Option(min=0, help="How strongly to follow the prompt. Default: the preset's.")
+    float | None, typer.Option(min=0, help="Guidance scale: how closely to follow the prompt. Default: the preset's.")
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -89,17 +105,18 @@ OutputOption = Annotated[
         "-o",
         "--output",
         metavar="PATH|-",
-        help="mp4, mkv, gif, npz, y4m, a folder of PNGs (ends in /), or - for y4m on standard output.",
+        help="An mp4, mkv, gif, npz or y4m file, a folder for PNGs (ends in /), or - for y4m on standard output.",
     ),
 ]
 FormatOption = Annotated[
-    str | None, typer.Option(help="mp4, mkv, gif, npz, y4m or png, whatever the suffix says; mkv or y4m for a pipe.")
+    str | None,
+    typer.Option(help="mp4, mkv, gif, npz, y4m or png, overriding the suffix; mkv or y4m on standard output."),
 ]
 FpsOption = Annotated[
     float | None, typer.Option(help="Frames per second of the output. Default: the input's, or the preset's.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object with all figures on standard output.")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object with all results on standard output.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
@@ -124,7 +141,7 @@ def sample(
     checkpoint: CheckpointOption = None,
     frames: FramesOption = None,
     first_frame: Annotated[
-        str | None, typer.Option(metavar="IMAGE|VIDEO", help="Begin with this picture, or a video's first frame.")
+        str | None, typer.Option(metavar="IMAGE|VIDEO", help="Start from this image, or from a video's first frame.")
     ] = None,
     num_videos: NumVideosOption = 1,
     seed: SeedOption = 0,
@@ -132,7 +149,7 @@ def sample(
     sampler: SamplerOption = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
-    dtype: DtypeOption = DtypeName.auto,
+    dtype: DtypeOption = Dtype.AUTO,
     strategy: StrategyOption = "cached",
     context_frames: ContextOption = None,
     prompt: PromptOption = None,
@@ -145,26 +162,50 @@ def sample(
     quiet: QuietOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Make a video of any length, from nothing or from a first frame."""
-    from .commands.generate import Request, run_sample
+    """Generate a video of any length.
 
-    run_sample(Request(**_request(locals())), first_frame)
+    It starts from nothing, or from a given first frame.
+    """
+    from .commands.generate import OutputOptions, run_sample
+
+    run_sample(
+        load={
+            "preset": preset,
+            "checkpoint": checkpoint,
+            "overrides": set_ or [],
+            "backend": backend,
+            "device": device,
+            "dtype": dtype.value,
+        },
+        options={
+            "seed": seed,
+            "steps": steps,
+            "sampler": sampler,
+            "strategy": strategy,
+            "context_frames": context_frames,
+            "prompt": prompt,
+            "guidance": guidance,
+        },
+        output=OutputOptions(path=output, format=format, fps=fps, overwrite=overwrite, as_json=json, quiet=quiet),
+        frames=frames,
+        num_videos=num_videos,
+        first_frame=first_frame,
+    )
 
 
 @app.command()
 def extend(
     input: Annotated[
-        str, typer.Argument(metavar="INPUT|-", help="A video, an image, a folder of images, or - for a pipe.")
+        str,
+        typer.Argument(metavar="INPUT|-", help="A video, an image, a folder of images, or - for standard input."),
     ],
     preset: PresetOption = None,
     checkpoint: CheckpointOption = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="How many new frames. Default: the preset's.")] = None,
-    only_new: Annotated[
-        bool, typer.Option("--only-new", help="Write the new frames without the input before them.")
-    ] = False,
+    frames: Annotated[int | None, typer.Option(min=1, help="Number of new frames. Default: the preset's.")] = None,
+    only_new: Annotated[bool, typer.Option("--only-new", help="Write only the new frames, without the input.")] = False,
     aspect: Annotated[
-        AspectName, typer.Option(help="When the input's shape is not the model's: cut, add bars, or distort.")
-    ] = AspectName.stretch,
+        Aspect, typer.Option(help="If the input's aspect ratio is not the model's: cut, add bars, or stretch.")
+    ] = Aspect.STRETCH,
     size: Annotated[
         str | None, typer.Option(metavar="WxH|model", help="Size of the output. Default: the input's.")
     ] = None,
@@ -174,7 +215,7 @@ def extend(
     sampler: SamplerOption = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
-    dtype: DtypeOption = DtypeName.auto,
+    dtype: DtypeOption = Dtype.AUTO,
     strategy: StrategyOption = "cached",
     context_frames: ContextOption = None,
     prompt: PromptOption = None,
@@ -189,11 +230,36 @@ def extend(
 ) -> None:
     """Continue a video.
 
-    Its last frames go into the cache, and new ones follow. Sound is not kept.
+    Its last frames fill the cache, and new frames follow. Audio is dropped.
     """
-    from .commands.generate import Request, run_extend
+    from .commands.generate import OutputOptions, run_extend
 
-    run_extend(Request(**_request(locals())), input, only_new=only_new, aspect=aspect.value, size=size)
+    run_extend(
+        load={
+            "preset": preset,
+            "checkpoint": checkpoint,
+            "overrides": set_ or [],
+            "backend": backend,
+            "device": device,
+            "dtype": dtype.value,
+        },
+        options={
+            "seed": seed,
+            "steps": steps,
+            "sampler": sampler,
+            "strategy": strategy,
+            "context_frames": context_frames,
+            "prompt": prompt,
+            "guidance": guidance,
+        },
+        output=OutputOptions(path=output, format=format, fps=fps, overwrite=overwrite, as_json=json, quiet=quiet),
+        frames=frames,
+        num_videos=num_videos,
+        source=input,
+        only_new=only_new,
+        aspect=aspect,
+        size=size,
+    )
 
 
 @app.command()
@@ -204,7 +270,7 @@ def train(
         typer.Option(metavar="PATH", help="A data set, or one video. Default: the preset's synthetic data."),
     ] = None,
     aspect: Annotated[
-        AspectName | None,
+        Aspect | None,
         typer.Option(help="How to fit videos of another shape: crop, add bars, or distort (default: stretch)."),
     ] = None,
     validation_data: Annotated[
@@ -309,7 +375,7 @@ def bench(
         str, typer.Option(metavar="NAME,NAME,…", help="Backends to measure, one after another; see `ca2vdm backends`.")
     ] = "auto",
     device: DeviceOption = "auto",
-    dtype: DtypeOption = DtypeName.auto,
+    dtype: DtypeOption = Dtype.AUTO,
     set_: SetOption = None,
     output: Annotated[
         list[Path] | None,
@@ -365,7 +431,7 @@ def plan(
     ] = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
-    dtype: DtypeOption = DtypeName.auto,
+    dtype: DtypeOption = Dtype.AUTO,
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -410,7 +476,7 @@ def verify(
     seed: SeedOption = 0,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
-    dtype: Annotated[DtypeName, typer.Option(help="float32 finds the subtlest faults.")] = DtypeName.float32,
+    dtype: Annotated[Dtype, typer.Option(help="float32 finds the subtlest faults.")] = Dtype.FLOAT32,
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -443,31 +509,54 @@ def import_(
         typer.Argument(metavar="CHECKPOINT", help="A state dict in the published format: .pt, .pth or .safetensors."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The safetensors file to write.")],
-    preset: Annotated[str, typer.Option(help="The preset whose model it is.")],
+    preset: Annotated[str, typer.Option(help="The preset that the weights are for.", autocompletion=_preset_names)],
     dtype: Annotated[
-        DtypeName, typer.Option(help="Number format to store; auto keeps each tensor's own.")
-    ] = DtypeName.auto,
+        Dtype, typer.Option(help="Data type of the written weights; auto keeps each tensor's own.")
+    ] = Dtype.AUTO,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Accept missing tensors, which are initialised afresh.")
+        bool, typer.Option("--partial", help="Accept missing tensors; they are initialised at random.")
     ] = False,
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Turn a published checkpoint into weights for a preset.
 
-    Says which tensors matched, were missing and were left over. Nothing is unpickled.
+    Reports which tensors matched, were missing or were left over. Nothing is unpickled.
     """
     from .commands.convert import run
 
-    run(checkpoint, output, preset, dtype.value, set_ or [], partial=partial, overwrite=overwrite)
+    run(
+        checkpoint=checkpoint,
+        output=output,
+        preset=preset,
+        dtype=dtype.value,
+        overrides=set_ or [],
+        partial=partial,
+        overwrite=overwrite,
+    )
 
 
 @app.command()
-def backends(json: JsonOption = False, device: DeviceOption = "auto", dtype: DtypeOption = DtypeName.auto) -> None:
-    """List the backends, and why one is unavailable."""
+def backends(json: JsonOption = False, device: DeviceOption = "auto", dtype: DtypeOption = Dtype.AUTO) -> None:
+    """List the backends and whether each is available.
+
+    If not, it says why.
+    """
     from .commands.catalog import list_backends
 
-    list_backends(device, dtype.value, as_json=json)
+    list_backends(device=device, dtype=dtype, as_json=json)
+
+
+@app.command()
+def plugins(json: JsonOption = False) -> None:
+    """List everything that plug-ins can add.
+
+    Shows each backend, sampler, context, autoencoder, reader and metric, and who registered it. docs/plugins.md says
+    how to write a plug-in.
+    """
+    from .commands.catalog import list_plugins
+
+    list_plugins(as_json=json)
 
 
 presets_app = typer.Typer(
@@ -487,35 +576,42 @@ def presets(context: typer.Context, json: JsonOption = False) -> None:
 
 @presets_app.command("show")
 def presets_show(
-    name: Annotated[str, typer.Argument(help="A preset's name, file or folder.")], set_: SetOption = None
+    name: Annotated[str, typer.Argument(help="A preset's name, file or folder.", autocompletion=_preset_names)],
+    set_: SetOption = None,
 ) -> None:
-    """Print a preset with every setting resolved, and what each means."""
+    """Print a preset as YAML: every setting, with a comment that explains it."""
     from .commands.catalog import show_preset
 
-    show_preset(name, set_ or [])
+    show_preset(name, overrides=set_ or [])
 
 
-def _request(values: dict[str, Any]) -> dict[str, Any]:
-    """The flags that ``sample`` and ``extend`` share, under the names of ``Request``."""
-    shared = """preset checkpoint frames num_videos seed steps sampler backend device strategy context_frames prompt
-        guidance output format fps quiet overwrite"""
-    request = {name: values[name] for name in shared.split()}
-    return request | {"dtype": values["dtype"].value, "overrides": values["set_"] or [], "as_json": values["json"]}
+def _name_the_flag(error: UsageError, flags: dict[str, str]) -> None:
+    """Change an error of the library that begins with an argument's name, ``first_frame:``, to begin with the flag."""
+    argument, colon, problem = str(error).partition(":")
+    if colon and argument in flags:
+        error.args = (f"{flags[argument]}:{problem}",)
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command line; returns its exit code, and lets errors, Ctrl-C and closed pipes through.
+    """Run a command line and return its exit code. Errors, Ctrl-C and closed pipes pass through.
 
     Raises:
-        UsageError: an unknown command or flag, or a value that its flag does not take.
+        UsageError: an unknown command or flag, or a value that a flag does not accept.
     """
-    command = typer.main.get_command(app)
-    try:  # not command.main(), which would handle Ctrl-C and closed pipes itself: print, and exit with 1
+    command: Any = typer.main.get_command(app)
+    if "_CA2VDM_COMPLETE" in os.environ:  # the shell asks for completions
+        command(prog_name="ca2vdm")
+    try:  # not command.main(), which would handle Ctrl-C and closed pipes itself
         with command.make_context("ca2vdm", arguments or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
     except _click.ClickException as error:
-        where = error.ctx.command_path if getattr(error, "ctx", None) else "ca2vdm"
-        raise UsageError(f"{error.format_message().rstrip('.')}; see {where} --help") from error
+        path = error.ctx.command_path if getattr(error, "ctx", None) else "ca2vdm"
+        raise UsageError(f"{error.format_message().rstrip('.')}; see {path} --help") from error
+    except UsageError as error:
+        parameters = command.commands[context.invoked_subcommand].params
+        flags = {p.name: max(p.opts, key=len) for p in parameters if p.param_type_name == "option"}
+        _name_the_flag(error, flags | {"overrides": "--set"})
+        raise
     return 0

@@ -1,8 +1,8 @@
 """The hooks of ca2vdm: what a plug-in can add.
 
-A plug-in is a module whose functions are marked ``hookimpl``, named in its distribution's entry-point group ``ca2vdm``.
-Each hook is called with ``register``, which takes one entry at a time. Every entry has a ``name``, which users type,
-and a one-line ``description``. ``docs/plugins.md`` has a working example of each.
+A plug-in is a module with functions marked ``hookimpl``. Its distribution names it in the entry-point group ``ca2vdm``.
+Each hook is called with ``register``, a function that adds one entry. Every entry has a ``name``, which users type, and
+a one-line ``description``. ``docs/plugins.md`` has a working example of each kind.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pluggy
 
 hookspec = pluggy.HookspecMarker("ca2vdm")
 hookimpl = pluggy.HookimplMarker("ca2vdm")
+"""Marks a function of a plug-in as the implementation of the hook that it is named after."""
 
 Register = Callable[[Any], None]
 """Adds one entry."""

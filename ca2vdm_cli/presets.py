@@ -1,7 +1,7 @@
-"""Presets: YAML files that say everything about one set of weights. Reads, checks, changes and writes them.
+"""Presets: YAML files with all settings that belong to one set of weights. Reads, checks, changes and writes them.
 
-A preset is given by the name of a built-in one, by a YAML file, or by a folder with a ``preset.yaml`` (what a training
-run leaves). Files that it names are beside it. Nothing in this module imports torch.
+A preset is identified by the name of a built-in one, by a YAML file, or by a folder with a ``preset.yaml``, such as the
+folder of a training run. Files that it names are beside it. Nothing in this module imports torch.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from .errors import UsageError, first_line
 from .plugins import Registry, autoencoders, metrics, readers
 
 DEFAULT_PRESET = "moving-digits"
-"""What a command uses unless told otherwise."""
+"""The preset of commands that are given none."""
 PRESET_FILE = "preset.yaml"
 """The preset's name in a folder of its own."""
 MAX_BYTES = 64 * 1024
-"""No preset is larger; a file that is was meant for something else."""
+"""Size limit of a preset; a larger file is not one."""
 
 
 @dataclass(frozen=True)
 class LoadedPreset:
-    """A preset and where it came from."""
+    """A preset, and the files that belong to it."""
 
     name: str
-    """Its built-in name, its file's name without suffix, or its folder's."""
+    """Name of the built-in preset, of the file without suffix, or of the folder."""
     path: Path
     """The YAML file."""
     config: Preset
-    """What it says, overrides included."""
+    """Its settings, with overrides applied."""
     weights_path: Path | None
-    """The model's weights, an existing file; None for a preset that has to be trained first."""
+    """The model's weights, an existing file; None if the preset must be trained first."""
     autoencoder_weights_path: Path | None
     """The conv autoencoder's weights, an existing file, or None."""
 
@@ -54,13 +54,13 @@ def load_preset(name_or_path: str | Path | Preset, overrides: Sequence[str] = ()
     Args:
         name_or_path: a built-in preset's name, a YAML file, or a folder with a ``preset.yaml``; or a preset itself,
             whose files are relative to the working directory.
-        overrides: changes such as ``model.depth=4``, applied in order; values are YAML, and an empty one is null.
+        overrides: changes such as ``model.depth=4``, applied in order. Values are YAML; an empty value means null.
 
     Raises:
-        UsageError: it does not exist, is not valid, or names weights that do not exist.
+        UsageError: the preset does not exist, is not valid, or names weights that do not exist.
     """
     path = Path(PRESET_FILE) if isinstance(name_or_path, Preset) else _find(name_or_path)
-    source = " ".join([str(path), *(["with"] if overrides else []), *map(_flag, overrides)])
+    source = " ".join([str(path), *(["with"] if overrides else []), *map(_clip, overrides)])
     mapping = to_mapping(name_or_path) if isinstance(name_or_path, Preset) else _read(path)
     for override in overrides:
         _apply(override, mapping)
@@ -71,12 +71,12 @@ def load_preset(name_or_path: str | Path | Preset, overrides: Sequence[str] = ()
         file: str | None = getattr(config, key)
         if file is None:
             return None
-        if not (found := path.parent / file).is_file():
+        if not (path.parent / file).is_file():
             raise UsageError(
-                f"{path}: {key}: {found} does not exist; put the file there, or leave it out with --set {key}=null "
-                f"and train: ca2vdm train --preset {name_or_path} --set {key}=null"
+                f"{path}: {key}: {path.parent / file} does not exist; put the file there, or train new weights: "
+                f"ca2vdm train --preset {name_or_path} --set {key}=null"
             )
-        return found
+        return path.parent / file
 
     return LoadedPreset(name, path, config, beside("weights"), beside("autoencoder_weights"))
 
@@ -92,21 +92,20 @@ def preset_names() -> list[str]:
 
 
 def preset_from_mapping(mapping: object, source: str = "preset") -> Preset:
-    """Check a preset that was read from YAML, JSON or a checkpoint's metadata.
+    """Check settings that were read from YAML, JSON or a checkpoint's metadata.
 
     Args:
         mapping: sections and values, of plain types.
-        source: where it came from, for errors.
+        source: where they came from, for errors.
 
     Raises:
-        UsageError: one line that names the source, the first offending key, its value and what is allowed.
+        UsageError: a setting is not valid; the line names the source, the key, its value and what is allowed.
     """
     try:
-        text = json.dumps(
-            mapping, allow_nan=False
-        )  # strict about types, yet takes a name for an enum and a list for a tuple
+        # through JSON: strict about types, but accepts a name for an enum and a list for a tuple
+        text = json.dumps(mapping, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{source}: only text, finite numbers, true, false and null are values: {error}") from error
+        raise UsageError(f"{source}: a value must be text, a finite number, true, false or null: {error}") from error
     try:
         preset = _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
@@ -123,13 +122,13 @@ def preset_from_mapping(mapping: object, source: str = "preset") -> Preset:
 
 
 def to_mapping(preset: Preset) -> dict[str, Any]:
-    """Everything in a preset, defaults included, as plain types in the order of the fields."""
+    """All settings of a preset, defaults included, as plain types in the order of the fields."""
     mapping: dict[str, Any] = _ADAPTER.dump_python(preset, mode="json")
     return mapping
 
 
 def dump_preset(preset: Preset) -> str:
-    """The whole preset as YAML, each value with a comment that says what it means; ``load_preset`` reads it back."""
+    """All settings of a preset as YAML, each with a comment that explains it. ``load_preset`` reads it back."""
     return "\n".join(_lines(preset, to_mapping(preset))) + "\n"
 
 
@@ -150,7 +149,7 @@ def _lines(section: Any, values: Mapping[str, Any], indent: str = "") -> Iterato
 
 
 def _builtin_presets() -> dict[str, Path]:
-    """The YAML file of each built-in preset: ``NAME.yaml``, or ``NAME/preset.yaml`` if it has more than that."""
+    """The YAML file of each built-in preset: ``NAME.yaml``, or ``NAME/preset.yaml`` if there are more files."""
     root = Path(str(resources.files("ca2vdm_presets")))
     files = {path.stem: path for path in root.glob("*.yaml")}
     return files | {path.parent.name: path for path in root.glob(f"*/{PRESET_FILE}")}
@@ -179,7 +178,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: larger than {MAX_BYTES // 1024} KiB, so not a preset")
     mapping = _parse(data, str(path))
     if not isinstance(mapping, dict):
-        raise UsageError(f"{path}: holds {_shown(mapping)} where a preset has keys such as description and model")
+        raise UsageError(f"{path}: contains {_shown(mapping)}; a preset has keys such as description and model")
     return mapping
 
 
@@ -193,7 +192,7 @@ def _parse(text: str | bytes, source: str) -> Any:
         raise UsageError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-# The plain values of YAML 1.2 and no others: 2e-5 is a number, while yes, 1:30 and 2024-01-01 are text.
+# Only the plain values of YAML 1.2: 2e-5 is a number, while yes, 1:30 and 2024-01-01 are text.
 _PLAIN_VALUES = {
     "null": r"~|null|Null|NULL|",
     "bool": r"true|True|TRUE|false|False|FALSE",
@@ -203,7 +202,7 @@ _PLAIN_VALUES = {
 
 
 class _Loader(yaml.SafeLoader):
-    """``yaml.SafeLoader`` with YAML 1.2's plain values and no others, without aliases and without duplicate keys."""
+    """``yaml.SafeLoader`` with only the plain values of YAML 1.2, which rejects aliases and duplicate keys."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
     yaml_constructors: ClassVar[dict[str | None, Any]] = {
@@ -227,7 +226,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what ``_Loader`` reads: quotes exactly what it would not take for text, lists on one line."""
+    """Writes what ``_Loader`` reads: quotes text only if it would be read as something else; lists on one line."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
 
@@ -268,7 +267,7 @@ def _is_known(key: str) -> bool:
 
 
 def _allowed(key: str) -> str:
-    """What an unknown key might have meant: the nearest known ones, else all of its section."""
+    """The keys closest to an unknown one, or all keys of its section if none is close."""
     section, name = _split(key)
     known = [f"{section}.{name}".lstrip(".") for section, names in _keys().items() for name in names]
     near = [k for k in known if _split(k)[1] == name] + difflib.get_close_matches(key, known, n=3, cutoff=0.75)
@@ -283,40 +282,36 @@ def _apply(override: str, mapping: dict[str, Any]) -> None:
     """Set one value in the mapping of a preset, in place."""
     key, equals, text = override.partition("=")
     if not equals:
-        raise UsageError(f"{_flag(override)}: needs a key and a value, such as model.depth=4")
+        raise UsageError(f"overrides: {_clip(override)} must be a key and a value, such as model.depth=4")
     key = key.strip()
     if not _is_known(key):
-        raise UsageError(f"{_flag(override)}: {key!r} is not a key of a preset; {_allowed(key)}")
+        raise UsageError(f"overrides: {key!r} is not a key of a preset; {_allowed(key)}")
     *sections, name = key.split(".")
     for section in sections:
         if not isinstance(mapping.get(section), dict):
             mapping[section] = {}
         mapping = mapping[section]
-    mapping[name] = _parse(text, _flag(override))
+    mapping[name] = _parse(text, f"overrides: {_clip(override)}")
 
 
 def _first_problem(error: ValidationError) -> str:
-    """One line for a failed validation: the first problem and how many more there are."""
+    """One line for a failed validation: the first problem, and the number of further ones."""
     problems = error.errors(include_url=False)
     unknown = [problem for problem in problems if problem["type"] == "unexpected_keyword_argument"]
-    problem = (unknown or problems)[0]  # a misspelt key also counts as a missing one: name the misspelling
+    problem = (unknown or problems)[0]  # a misspelt key also counts as a missing one: report the misspelling
     key = ".".join(map(str, problem["loc"]))
     value = _shown(problem["input"])
     if unknown:
-        line = f"{key}: {value} is given, but there is no such key; {_allowed(key)}"
+        line = f"{key}: there is no such key (its value is {value}); {_allowed(key)}"
     elif problem["type"] == "missing":
         line = f"{key}: missing, and it has no default"
-    elif problem["type"] == "value_error":  # config.py says it all, but for the section
+    elif problem["type"] == "value_error":  # the message of config names the field, but not its section
         line = f"{key}.".lstrip(".") + problem["msg"].removeprefix("Value error, ")
     elif problem["type"] == "dataclass_type":
         line = f"{key}: {value} must be a section with the keys {', '.join(_keys()[key])}"
     else:
         line = f"{key}: {value} {problem['msg'].replace('Input should be', 'must be', 1)}"
     return line + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-
-
-def _flag(override: str) -> str:
-    return f"--set {_clip(override)}"
 
 
 def _shown(value: object) -> str:

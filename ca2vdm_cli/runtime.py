@@ -8,21 +8,11 @@ import platform
 import resource
 import sys
 from contextlib import suppress
-from enum import Enum
 
 import torch
 
 from .errors import UsageError, first_line
-
-
-class Dtype(str, Enum):
-    """Dtype of the model's weights, activations and cache."""
-
-    AUTO = "auto"
-    """bfloat16 if the device computes in it natively, else float32."""
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
+from .options import Dtype as Dtype
 
 
 def resolve_device(name: str) -> torch.device:
@@ -44,7 +34,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device {name}: not available here ({first_line(error)}); try cpu") from None
+        raise UsageError(f"device: {name} is not available here ({first_line(error)}); try cpu") from None
     return device
 
 

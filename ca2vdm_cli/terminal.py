@@ -1,4 +1,4 @@
-"""Everything that people see in the terminal: on standard error, since standard output is for video and JSON."""
+"""What users see in the terminal: on standard error, because standard output is for video and JSON."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from rich.text import Text
 from .errors import UserError
 
 
-class _Pipe(Console):
-    """A console that lets the program know when nobody reads it any more."""
+class _Console(Console):
+    """A console that raises ``BrokenPipeError`` when its reader is gone; Rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def console() -> Console:
-    """Standard error, as Rich sees it."""
-    return _Pipe(stderr=True, highlight=False, emoji=False, width=None if sys.stderr.isatty() else 200)
+    """Standard error. In a pipe, lines are 200 characters wide."""
+    return _Console(stderr=True, highlight=False, emoji=False, width=None if sys.stderr.isatty() else 200)
 
 
 def output_console() -> Console:
-    """Standard output, for commands whose answer is text (``presets``, ``backends``); wide enough in a pipe."""
-    return _Pipe(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+    """Standard output, for commands that print text, such as ``presets``. In a pipe, lines are 200 characters wide."""
+    return _Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
 
 
 def print_error(error: UserError) -> None:
-    """An error's one line."""
+    """Print an error as one line."""
     out = console()
     line = " ".join(str(error).split())
     out.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
 
 
 def print_json(report: Mapping[str, Any]) -> None:
-    """The one JSON object of ``--json``, on standard output."""
+    """Print the JSON object of ``--json`` on standard output."""
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
 
 
 def note(message: str, *, quiet: bool = False) -> None:
-    """A line worth reading."""
+    """Print one line."""
     if not quiet:
         console().print(message, markup=False, soft_wrap=True)
 
 
 def size(count: float) -> str:
-    """Bytes as people read them: 1.5 MiB."""
+    """A number of bytes with its unit: 1.5 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -63,7 +63,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: 12 ms, 3.41 s, 2 min 5 s."""
+    """A time with its unit: 12 ms, 3.41 s, 2 min 5 s."""
     if seconds < 0.1:
         return f"{seconds * 1000:.1f} ms"
     if seconds < 120:
@@ -82,15 +82,15 @@ class _Rate(ProgressColumn):
 
 
 class ProgressBar:
-    """A bar with frames per second and time left; silent when quiet or without a terminal.
+    """A progress bar with frames per second and time left; hidden if quiet, or if standard error is not a terminal.
 
     Args:
         description: what is going on.
-        total: small steps in all, which move the bar.
-        frames: frames in all, which are counted.
-        quiet: show nothing.
+        total: number of small steps, which move the bar.
+        frames: number of frames, which are counted.
+        quiet: hide the bar.
         unit: what is counted.
-        begun: how many were finished (and small steps done) by an earlier run.
+        begun: frames and small steps that an earlier run finished.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class ProgressBar:
     ) -> None:
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(24),  # leaves room for the ^C of a terminal, which would move the line that is erased
+            BarColumn(24),  # short: a terminal prints ^C after it, and a line break would keep it from being erased
             TextColumn("{task.fields[finished]}/{task.fields[frames]}"),
             _Rate(),
             TimeRemainingColumn(),
@@ -121,11 +121,11 @@ class ProgressBar:
         self._progress.stop()
 
     def count(self, finished: int, total: int) -> None:
-        """Say how many of how many are finished, where that is not known before."""
+        """Set both the finished number and the total, if the total is not known in advance."""
         self._progress.update(self._task, completed=finished, total=total, finished=finished, frames=total)
 
     def advance(self, *, finished: int | None = None, info: str | None = None, steps: int = 1) -> None:
-        """Move on by some small steps, and perhaps say how many frames are finished."""
+        """Advance by some small steps, and set the number of finished frames and the text at the end if given."""
         fields: dict[str, Any] = {}
         if finished is not None:
             fields["finished"] = finished
@@ -136,7 +136,7 @@ class ProgressBar:
 
 @contextmanager
 def status(message: str, *, quiet: bool = False) -> Iterator[None]:
-    """A spinner while something without countable steps goes on."""
+    """Show a spinner during the block, for work without countable steps."""
     if quiet or not sys.stderr.isatty():
         yield
         return
@@ -145,7 +145,7 @@ def status(message: str, *, quiet: bool = False) -> Iterator[None]:
 
 
 def print_run_report(report: Mapping[str, Any]) -> None:
-    """What a run made, what memory it took, and where the time went."""
+    """Print what a run of ``sample`` or ``extend`` generated, its memory and its time."""
     out = console()
     output = report["output"]
     if not isinstance(output, str):
@@ -186,7 +186,7 @@ def print_run_report(report: Mapping[str, Any]) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A plain table; columns whose name ends in ``>`` are right-aligned."""
+    """A plain table. A column whose name ends in ``>`` is right-aligned."""
     out = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         out.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", overflow="fold")

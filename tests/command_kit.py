@@ -1,4 +1,4 @@
-"""What tests share: how a command is called, and clips to give it."""
+"""Shared by tests: running commands, and clips for them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from ca2vdm_cli.data import ClipSource
 from ca2vdm_cli.video_io import Frame, open_reader, open_writer, to_channels
 
 Make = Callable[..., list[Frame]]
-"""Of the fixture ``make``."""
+"""Type of the fixture ``make``."""
 Refused = Callable[..., str]
-"""Of the fixture ``refused``."""
+"""Type of the fixture ``refused``."""
 Report = Callable[..., Any]
-"""Of the fixture ``report``."""
+"""Type of the fixture ``report``."""
+AddPlugin = Callable[..., None]
+"""Type of the fixture ``add_plugin``."""
 
 ROOT = Path(__file__).parents[1]
-"""The checkout."""
-COMMANDS = ["sample", "extend", "train", "bench", "plan", "verify", "import", "backends", "presets", "presets show"]
+"""The root of the repository."""
+COMMANDS = ["sample", "extend", "train", "bench", "plan", "verify", "import", "backends", "plugins", "presets"]
+SUBCOMMANDS = ["presets show"]
 RUN = ["--device", "cpu", "--backend", "eager"]
 GENERATE = [*RUN, "--dtype", "float32", "--steps", 3]
 STRATEGIES = ["cached", "recompute"]
@@ -47,7 +50,7 @@ def save(path: str | Path, frames: list[Frame], fps: float = 8) -> list[Frame]:
 
 
 def clip(count: int, height: int = 32, width: int = 32) -> list[Frame]:
-    """Stripes that drift, in colour; every frame is different."""
+    """Drifting coloured stripes; every frame is different."""
     y, x = np.mgrid[0:height, 0:width]
     return [
         np.stack([128 + 100 * np.sin((x + 2 * y + 3 * i) / 7), 4 * y + i, 255 - 3 * x], -1)
@@ -63,11 +66,11 @@ def batch(source: ClipSource, index: int, size: int, frames: int) -> Tensor:
 
 
 def gray(frames: list[Frame]) -> list[Frame]:
-    """What a gray model sees of a clip, as the RGB that it writes."""
+    """A clip as a gray model sees it, in RGB."""
     return [to_channels(to_channels(frame, 1), 3) for frame in frames]
 
 
 def apart(frames: list[Frame], others: list[Frame]) -> list[int]:
-    """Of every frame, by how many levels the pixel differs that differs most."""
+    """The largest difference of a pixel value in each pair of frames, in levels from 0 to 255."""
     pairs = zip(frames, others, strict=True)
     return [int(np.abs(frame.astype(int) - other).max()) for frame, other in pairs]

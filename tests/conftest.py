@@ -1,29 +1,52 @@
-"""Small models that all tests share, and what tests of the commands need.
+"""Fixtures: small models, and what tests of the commands need.
 
-Every weight of ``make_model`` is random, because a new model's added branches and last layer are zero and a test on it
-would pass whatever the branches did.
+All weights of ``make_model`` are random. In a newly built model the added branches and the last layer are zero, so a
+test would pass whatever the branches compute.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_kit import GENERATE, RUN, Make, Refused, Report, ca2vdm, load
+from command_kit import GENERATE, RUN, AddPlugin, Make, Refused, Report, ca2vdm, load
 
+from ca2vdm_cli import plugins
 from ca2vdm_cli.config import ModelConfig
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
-from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.video_io import Frame
+
+
+def pytest_configure() -> None:
+    """Undo what the suite inherits if it is started in the background of a script, or under nohup: ignored signals.
+
+    Child processes would inherit them, so tests that interrupt a child would wait for ever.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)  # children don't ignore it; the suite still does
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Each test begins with the same signal handlers, whatever commands ran before it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., ModelConfig]:
-    """``make_config(depth=1, ...)``: a window of 6 frames, chunks of 2 and a spatial prefix of 3, which is longer."""
+    """``make_config(depth=1, ...)``: a window of 6, chunks of 2, and a longer spatial prefix of 3 frames."""
 
     def make(**changes: Any) -> ModelConfig:
         settings: dict[str, Any] = {
@@ -43,12 +66,12 @@ def make_config() -> Callable[..., ModelConfig]:
 
 @pytest.fixture(scope="session")
 def make_model(make_config: Callable[..., ModelConfig]) -> Callable[..., CausalVideoTransformer]:
-    """``make_model(depth=1, ...)``: a model of ``make_config``'s with random weights; ``backend`` names its backend."""
+    """``make_model(depth=1, ...)``: a model with ``make_config``'s configuration and random weights."""
 
     def make(backend: str = "eager", **changes: Any) -> CausalVideoTransformer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = CausalVideoTransformer(make_config(**changes), backends[backend])
+            model = CausalVideoTransformer(make_config(**changes), plugins.backends[backend])
             randomize(model)
         return model.eval().requires_grad_(False)
 
@@ -61,7 +84,7 @@ TEXT_CHANNELS, TEXT_TOKENS = 16, 6
 
 @pytest.fixture(scope="session")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny T5 encoder of random weights and a tokenizer of ``WORDS``, as transformers saves them."""
+    """A folder with a tiny T5 encoder (random weights) and a tokenizer for ``WORDS``, as transformers saves them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -80,7 +103,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny preset after three steps, large ones, so that what it makes depends on the context."""
+    """The run folder of the tiny preset after three steps, large enough that its output depends on the context."""
     folder = tmp_path_factory.mktemp("trained") / "weights"
     settings = ["--set", "training.learning_rate=0.03", "--set", "training.autoencoder_steps=2"]
     assert ca2vdm("train", "--preset", "tiny", "--steps", 3, "--out", folder, "--quiet", *RUN, *settings) == 0
@@ -94,7 +117,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make(weights: Path) -> Make:
-    """``make("sample", ...)``: the frames that the command writes, exactly."""
+    """``make("sample", ...)``: runs the command and returns the frames that it wrote, losslessly."""
 
     def make(command: str, *arguments: object, out: str = "out.npz") -> list[Frame]:
         assert ca2vdm(command, *arguments, "--preset", weights, *GENERATE, "-q", "--overwrite", "-o", out) == 0
@@ -105,7 +128,7 @@ def make(weights: Path) -> Make:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """``refused(code, "sample", ...)``: the one line on standard error with which the command ends."""
+    """``refused(code, "sample", ...)``: the error line of a command that must fail with this exit code."""
 
     def refused(code: int, *arguments: object) -> str:
         assert ca2vdm(*arguments) == code
@@ -120,13 +143,41 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
 
 @pytest.fixture
 def report(capsys: pytest.CaptureFixture[str]) -> Report:
-    """``report("bench", ...)``: the object that ``--json`` prints."""
+    """``report("bench", ...)``: the object that the command prints with ``--json``."""
 
     def report(*arguments: object, code: int = 0) -> Any:
         assert ca2vdm(*arguments, "--json") == code
         return json.loads(capsys.readouterr().out)
 
     return report
+
+
+@pytest.fixture
+def fresh_plugins() -> Iterator[None]:
+    """Look for plug-ins again, both now and after the test."""
+    plugins.forget_plugins()
+    yield
+    plugins.forget_plugins()
+
+
+@pytest.fixture
+def add_plugin(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, fresh_plugins: None
+) -> AddPlugin:
+    """``add_plugin(name, source)``: installs a plug-in with this module, as pip would."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    monkeypatch.syspath_prepend(folder)
+
+    def add(name: str, source: str) -> None:
+        (folder / f"{name}_module.py").write_text(source, encoding="utf-8")
+        info = folder / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[ca2vdm]\n{name} = {name}_module\n")
+        monkeypatch.delitem(sys.modules, f"{name}_module", raising=False)
+        importlib.invalidate_caches()
+
+    return add
 
 
 @torch.no_grad()

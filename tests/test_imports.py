@@ -18,13 +18,14 @@ FOLDERS = {"ca2vdm_cli": "ca2vdm_cli", "ca2vdm_backends": "backends", "ca2vdm_pr
 BASE = {"errors", "config"}
 METHOD = BASE | {"model", "plugins"}
 GENERATE = METHOD | {"generate", "runtime"}
-VIDEO = BASE | {"interrupts", "video_io", "video_codec", "data", "checkpoint", "plugins"}
+VIDEO = BASE | {"interrupts", "options", "video_io", "video_codec", "data", "checkpoint", "plugins"}
 PIPELINE = GENERATE | VIDEO | {"presets", "loading", "autoencoder", "text_encoder", "pipeline"}
 
 # What each package (or module at the top level) may import, itself aside.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "lazy": set(),
+    "options": set(),
     "hookspecs": set(),
     "interrupts": set(),
     "builtins": {"hookspecs", "lazy"},
@@ -32,12 +33,12 @@ ALLOWED: dict[str, set[str]] = {
     "model": BASE,
     "plugins": {"builtins", "errors", "hookspecs", "lazy", "model", "runtime"},
     "presets": BASE | {"plugins"},
-    "runtime": {"errors"},
+    "runtime": {"errors", "options"},
     "checkpoint": {"errors"},
     "terminal": {"errors"},
     "text_encoder": BASE,
     "generate": METHOD | {"runtime"},
-    "video_io": {"errors", "interrupts"},
+    "video_io": {"errors", "interrupts", "options"},
     "video_metrics": {"plugins", "video_io"},
     "data": VIDEO,
     "autoencoder": BASE | {"checkpoint", "plugins"},
@@ -52,8 +53,8 @@ ALLOWED: dict[str, set[str]] = {
         *("presets", "training", "video_metrics"),
     },  # imported when they are used
     "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "terminal", "training"},
-    "cli": {"__init__", "commands", "errors"},
-    "__main__": {"cli", "errors", "terminal"},
+    "cli": {"__init__", "commands", "errors", "options", "plugins", "presets"},
+    "__main__": {"cli", "errors", "plugins", "terminal"},
 }
 # Only metadata: the version, and when the process began.
 LEAF_OF_THE_ROOT = {"__version__", "STARTED"}

@@ -1,4 +1,4 @@
-"""Backends: the built-in ones, one from a real plug-in distribution, and what happens when a plug-in is wrong."""
+"""Registries: built-in entries, those of plug-ins and of Python code, and what happens when a plug-in is wrong."""
 
 from __future__ import annotations
 
@@ -7,63 +7,41 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from command_kit import ROOT, AddPlugin, Refused, Report, ca2vdm
 
 from ca2vdm_cli import plugins
 from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.generate.samplers import DdimSampler
+from ca2vdm_cli.model.attention import Backend
 
 CPU = torch.device("cpu")
-EXAMPLE = Path(__file__).parent / "plugin_example"
+EXAMPLE = ROOT / "tests" / "plugin_example"
 BACKEND = """
 from ca2vdm_cli import Backend, hookimpl
 
 class Other(Backend):
     name = "{name}"
     description = ""
+    def attend(self, q, k, v, mask=None):
+        return v
 
 @hookimpl
 def {hook}({arguments}):
     register(Other{call})
 """
 
-AddPlugin = Callable[..., None]
 
-
-@pytest.fixture
-def fresh_plugins() -> Iterator[None]:
-    """Look for plug-ins anew, and forget afterwards what was found."""
-    plugins.forget_plugins()
-    yield
-    plugins.forget_plugins()
-
-
-@pytest.fixture
-def add_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_plugins: None) -> AddPlugin:
-    """Writes a plug-in as pip would have installed it: ``add_plugin(name, source)``."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def add(
-        name: str,
-        source: str = BACKEND,
-        *,
-        backend: str = "other",
-        hook: str = "ca2vdm_register_backends",
-        arguments: str = "register",
-        call: str = "()",
-    ) -> None:
-        text = source.format(name=backend, hook=hook, arguments=arguments, call=call)
-        (tmp_path / f"{name}_module.py").write_text(text)
-        info = tmp_path / f"{name}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[ca2vdm]\n{name} = {name}_module\n")
-        monkeypatch.delitem(sys.modules, f"{name}_module", raising=False)
-
-    return add
+def backend_source(
+    *, name: str = "other", hook: str = "ca2vdm_register_backends", arguments: str = "register", call: str = "()"
+) -> str:
+    """A plug-in's module that registers a backend, or tries to."""
+    return BACKEND.format(name=name, hook=hook, arguments=arguments, call=call)
 
 
 def test_builtin_backends(fresh_plugins: None) -> None:
@@ -113,6 +91,7 @@ def test_unknown_backend_lists_the_known_ones(fresh_plugins: None) -> None:
         plugins.choose_backend("spda", CPU, torch.float32)
 
 
+@pytest.mark.slow
 def test_installed_plugin_is_found(tmp_path: Path) -> None:
     """A real distribution, installed by pip without the network and found by another process."""
     sources, target = tmp_path / "sources", tmp_path / "target"
@@ -128,7 +107,7 @@ def test_installed_plugin_is_found(tmp_path: Path) -> None:
         difference = (example.attend(q, k, v) - eager.attend(q, k, v)).abs().max().item()
         print(json.dumps([list(backends), choose_backend("auto", cpu, torch.float32).name, difference]))
     """
-    path = os.pathsep.join([str(target), str(EXAMPLE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(target), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": path},
@@ -142,24 +121,30 @@ def test_installed_plugin_is_found(tmp_path: Path) -> None:
     assert difference < 1e-6
 
 
-def test_added_plugin_is_found(add_plugin: AddPlugin) -> None:
-    add_plugin("good")
+def test_added_plugin_is_found(add_plugin: AddPlugin, report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    add_plugin("good", backend_source())
     assert "other" in plugins.backends
+    entries = report("plugins")["plugins"]
+    assert {entry["kind"] for entry in entries} == {registry.kind for registry in plugins.REGISTRIES}
+    owners = {entry["name"]: entry["registered_by"] for entry in entries if entry["kind"] == "backend"}
+    assert owners["other"] == "plug-in 'good' of good"
+    assert owners["eager"] == "ca2vdm itself"
+    assert ca2vdm("plugins") == 0
+    assert all(entry["name"] in capsys.readouterr().out for entry in entries[:1])
 
 
 @pytest.mark.parametrize("taken", ["eager", "auto"])
-def test_two_backends_of_one_name(add_plugin: AddPlugin, taken: str) -> None:
-    add_plugin("greedy", backend=taken)
-    owner = {"eager": "ca2vdm itself", "auto": "ca2vdm itself"}[taken]
-    with pytest.raises(
-        UserError, match=rf"backend '{taken}' is registered by plug-in 'greedy' of greedy and by {owner}"
-    ):
-        list(plugins.backends)
+def test_a_name_that_is_taken_or_reserved(add_plugin: AddPlugin, taken: str) -> None:
+    add_plugin("greedy", backend_source(name=taken))
+    expected = rf"backend '{taken}' is registered by plug-in 'greedy' of greedy and by ca2vdm itself; rename"
+    for _ in range(2):  # the same error at the second attempt
+        with pytest.raises(UserError, match=expected):
+            list(plugins.backends)
 
 
 def test_two_plugins_with_one_backend_name(add_plugin: AddPlugin) -> None:
-    add_plugin("first")
-    add_plugin("second")
+    add_plugin("first", backend_source())
+    add_plugin("second", backend_source())
     with pytest.raises(UserError, match="backend 'other'") as error:
         list(plugins.backends)
     assert "'first' of first" in str(error.value)
@@ -167,39 +152,160 @@ def test_two_plugins_with_one_backend_name(add_plugin: AddPlugin) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("source", "expected"),
     [
-        ({"hook": "ca2vdm_register_backend"}, "unknown hook 'ca2vdm_register_backend'"),
-        ({"arguments": "registrar"}, "registrar"),
-        ({"source": "import no_such_module"}, "ModuleNotFoundError: No module named 'no_such_module'"),
-        ({"source": "1 / 0"}, "ZeroDivisionError"),
-        ({"source": "def oops(:"}, "SyntaxError"),
+        (backend_source(hook="ca2vdm_register_backend"), "unknown hook 'ca2vdm_register_backend'"),
+        (backend_source(arguments="registrar"), "registrar"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def oops(:", "SyntaxError"),
     ],
 )
-def test_faulty_plugin_is_named_in_one_line(add_plugin: AddPlugin, options: dict[str, str], expected: str) -> None:
-    add_plugin("faulty", **options)
-    with pytest.raises(UserError) as error:
-        plugins.plugin_manager()
-    line = str(error.value)
-    assert line.startswith("plug-in 'faulty' of faulty cannot be loaded: ")
+def test_plugin_that_cannot_be_loaded_is_named_in_one_line(
+    add_plugin: AddPlugin, refused: Refused, source: str, expected: str
+) -> None:
+    add_plugin("faulty", source)
+    line = refused(1, "plugins")
+    assert line.startswith("error: plug-in 'faulty' of faulty cannot be loaded: ")
     assert expected in line
-    assert "\n" not in line
+
+
+NAMED = "name = 'a'; description = ''"
+REGISTERING = """
+from ca2vdm_cli import {base}, hookimpl
+from ca2vdm_cli.lazy import Lazy
+
+class Mine({base}):
+    {body}
+
+@hookimpl
+def ca2vdm_register_{kind}s(register):
+    register({entry})
+"""
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("kind", "body", "entry", "expected"),
     [
-        ({"call": ""}, "plug-in 'faulty' of faulty registers the class Other; it has to be an instance"),
-        ({"call": "(1)"}, "plug-in 'faulty' of faulty cannot register its backends: TypeError"),
+        ("backend", "", "Mine", "registers the class Mine; a backend must be an instance"),
+        ("sampler", "", "Mine(1, 1)", "cannot register its samplers: TypeError: Can't"),
+        ("sampler", "", "object()", "registers an instance of object; a sampler must be a class"),
+        ("sampler", "", "dict", "registers the sampler dict, which does not extend ca2vdm_cli.Sampler"),
+        ("backend", "", "Mine(1)", "cannot register its backends: TypeError"),
+        ("backend", "description = ''", "Mine()", "registers the backend Mine, whose name is not a string"),
+        ("backend", "name = 'mine'", "Mine()", "registers the backend Mine, whose description is not a string"),
+        (
+            "backend",
+            "name = 'a,b'; description = ''",
+            "Mine()",
+            "the backend Mine, whose name 'a,b' has spaces or commas",
+        ),
+        ("backend", NAMED, "Mine()", "registers the backend Mine, which does not implement attend"),
+        ("sampler", NAMED, "Mine", "registers the sampler Mine, which does not implement step"),
+        ("context", NAMED, "Mine", "registers the context Mine, which does not implement create"),
+        ("autoencoder", NAMED, "Mine", "the autoencoder Mine, which does not implement encode"),
+        (
+            "autoencoder",
+            NAMED + "; encode = decode = lambda self, x: x; __init__ = lambda self: None",
+            "Mine",
+            "the autoencoder Mine, whose __init__ does not take the arguments self, config, video, in_channels",
+        ),
+        (
+            "backend",
+            NAMED + "; attend = lambda self, q, k, v: v",
+            "Mine()",
+            "the backend Mine, whose attend does not take the arguments self, q, k, v, mask",
+        ),
+        ("sampler", "", "Lazy('lazy', 'no_such_module:x')", "cannot load its sampler 'lazy': ModuleNotFoundError"),
+        ("sampler", "", "Lazy('lazy', 'os:nope')", "cannot load its sampler 'lazy': AttributeError"),
+        (
+            "sampler",
+            "",
+            "Lazy('lazy', 'ca2vdm_cli.generate.samplers:DdimSampler')",
+            "registers the sampler 'lazy', whose own name is 'ddim'",
+        ),
     ],
 )
-def test_plugin_that_registers_wrongly(add_plugin: AddPlugin, options: dict[str, str], expected: str) -> None:
-    add_plugin("faulty", **options)
-    with pytest.raises(UserError) as error:
-        list(plugins.backends)
-    assert str(error.value).startswith(expected)
+def test_plugin_that_registers_something_wrong(
+    add_plugin: AddPlugin, refused: Refused, kind: str, body: str, entry: str, expected: str
+) -> None:
+    add_plugin("faulty", REGISTERING.format(kind=kind, base=kind.title(), body=body or "pass", entry=entry))
+    line = refused(1, "plugins")
+    assert line.startswith("error: plug-in 'faulty' of faulty ")
+    assert expected in line
+
+
+# Entries of Python code
+
+
+class Mine(DdimSampler):
+    name = "mine"
+    description = "for the tests"
+
+
+@pytest.fixture
+def registered(fresh_plugins: None) -> Iterator[None]:
+    plugins.samplers.register(Mine)
+    yield
+    plugins.samplers.unregister("mine")
+
+
+def test_python_code_registers(registered: None) -> None:
+    assert plugins.samplers["mine"] is Mine
+    plugins.forget_plugins()
+    assert plugins.samplers["mine"] is Mine
+    with pytest.raises(UserError, match="sampler 'mine' is registered by Python code and by Python code"):
+        plugins.samplers.register(Mine)
+    plugins.samplers.unregister("mine")
+    assert "mine" not in plugins.samplers
+    with pytest.raises(KeyError):
+        plugins.samplers["mine"]
+
+
+def test_python_code_that_registers_something_wrong(fresh_plugins: None) -> None:
+    wrong: Any = Backend
+    with pytest.raises(UserError, match="Python code registers the class Backend; a backend must be"):
+        plugins.backends.register(wrong)
+    assert "mine" not in plugins.samplers
+
+
+def test_a_misspelt_name(fresh_plugins: None) -> None:
+    with pytest.raises(UsageError, match=r"sampling.sampler: there is no sampler 'ddmi'; did you mean ddim\?"):
+        plugins.samplers.check("ddmi", "sampling.sampler")
+    with pytest.raises(UsageError, match="there is no context 'x'; known: cached, recompute, "):
+        plugins.contexts.check("x", "strategy")
+    plugins.samplers.check("ddim", "sampling.sampler")
+
+
+# Errors while a plug-in runs; test_plugin_page.py has one for every kind
+
+
+def test_an_error_elsewhere_is_no_plugins_fault(add_plugin: AddPlugin) -> None:
+    add_plugin("good", backend_source())
+    backend = plugins.backends["other"]
+    assert torch.equal(backend.attend(*torch.zeros(3, 1)), torch.zeros(1))
+    with pytest.raises(ZeroDivisionError) as error:
+        1 / 0  # noqa: B018
+    assert plugins.plugin_failure(error.value) is None
+
+
+def test_the_innermost_plugin_is_named(add_plugin: AddPlugin) -> None:
+    outer = "def attend(self, q, k, v, mask=None):\n        return q.attend(q, k, v)"
+    source = backend_source().replace("def attend(self, q, k, v, mask=None):\n        return v", outer)
+    add_plugin("outer", source)
+    add_plugin("inner", backend_source(name="inner").replace("return v", "raise KeyError('x\\ny')"))
+    inner: Any = plugins.backends["inner"]
+    with pytest.raises(KeyError) as error:
+        plugins.backends["other"].attend(inner, inner, inner)
+    failure = plugins.plugin_failure(error.value)
+    assert str(failure) == r"plug-in 'inner' of inner failed: KeyError: 'x\ny'; repair or uninstall it"
+
+
+def test_an_error_of_the_user_stays_as_it_is(add_plugin: AddPlugin, refused: Refused) -> None:
+    add_plugin("honest", "from ca2vdm_cli import UsageError\nraise UsageError('no licence found')")
+    assert refused(2, "plugins") == "error: no licence found"
 
 
 def test_importing_the_plugin_manager_leaves_torch_out() -> None:
     script = "import sys, ca2vdm_cli.hookspecs, ca2vdm_cli.plugins; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], cwd=EXAMPLE.parents[1]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0

@@ -1,4 +1,4 @@
-"""Presets: the shipped ones, overrides, what is refused and in which words, and the way to a file and back."""
+"""Presets: the built-in ones, overrides, error messages, and writing a preset and reading it back."""
 
 from __future__ import annotations
 
@@ -106,19 +106,19 @@ def test_override_opens_a_section(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.dept=4", "--set model.dept=4: 'model.dept' is not a key of a preset; did you mean model.depth?"),
-        ("depth=4", "--set depth=4: 'depth' is not a key of a preset; did you mean model.depth?"),
+        ("model.dept=4", "overrides: 'model.dept' is not a key of a preset; did you mean model.depth?"),
+        ("depth=4", "overrides: 'depth' is not a key of a preset; did you mean model.depth?"),
         ("frob=4", "allowed: description, model, diffusion"),
         ("video.frob=4", "allowed in video: height, width, channels, fps"),
         ("model.depth.x=1", "'model.depth.x' is not a key of a preset; did you mean model.depth?"),
-        ("model.depth", "--set model.depth: needs a key and a value, such as model.depth=4"),
-        ("model.depth=[", "--set model.depth=[: line 1: "),
-        ("model.depth=0", "with --set model.depth=0: model.depth: 0 must be greater than or equal to 1"),
+        ("model.depth", "overrides: model.depth must be a key and a value, such as model.depth=4"),
+        ("model.depth=[", "overrides: model.depth=[: line 1: "),
+        ("model.depth=0", "with model.depth=0: model.depth: 0 must be greater than or equal to 1"),
         ("model.depth=4.0", "model.depth: 4.0 must be a valid integer"),
         ("model.mask_channel=yes", 'model.mask_channel: "yes" must be a valid boolean'),
         ("model.causality=none", "model.causality: \"none\" must be 'causal' or 'partial'"),
         ("video.fps=.inf", 'video.fps: ".inf" must be a valid number'),
-        ("video.fps=1e999", "only text, finite numbers"),
+        ("video.fps=1e999", "must be text, a finite number"),
     ],
 )
 def test_refused_overrides(override: str, expected: str) -> None:
@@ -134,7 +134,7 @@ def test_refused_overrides(override: str, expected: str) -> None:
         (
             "depth: 2",
             "dept: 2",
-            "model.dept: 2 is given, but there is no such key; did you mean model.depth? (and 1 more)",
+            "model.dept: there is no such key (its value is 2); did you mean model.depth? (and 1 more)",
         ),
         ("depth: 2", "depth: two", 'model.depth: "two" must be a valid integer'),
         ("depth: 2", "depth: '2'", 'model.depth: "2" must be a valid integer'),
@@ -153,8 +153,8 @@ def test_refused_overrides(override: str, expected: str) -> None:
         ("small", "&a small\nweights: *a", "line 2: aliases are not allowed"),
         ("small", "!!python/name:os.system", "line 1: could not determine a constructor for the tag"),
         ("small", "!!binary aGVsbG8=", "line 1: could not determine a constructor for the tag"),
-        (SMALL, "", "holds null where a preset has keys"),
-        (SMALL, "- 1", "holds [1] where a preset has keys"),
+        (SMALL, "", "contains null; a preset has keys"),
+        (SMALL, "- 1", "contains [1]; a preset has keys"),
         (SMALL, "a: b: c", "line 1: mapping values are not allowed here"),
         (SMALL, "\0", "not valid YAML"),
         (SMALL, "[" * 20_000, "not valid YAML"),

@@ -23,6 +23,8 @@ from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.training.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
 from ca2vdm_cli.training.sharding import DeepSpeedSharding, make_sharding
 
+pytestmark = pytest.mark.slow
+
 KILLED = -9
 # Kills the process (as ``kill -9`` does) at the n-th disk operation of saving; files are left half written.
 DRIVER = """

@@ -343,7 +343,7 @@ def test_the_api_takes_a_prompt(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (["--guidance", "2"], 2, "guidance: there is no prompt to follow"),
+        (["--guidance", "2"], 2, "--guidance: there is no prompt to follow"),
         (["--prompt", "a", "--set", "text="], 2, "preset run: it names no text encoder"),
         (["--prompt", "a", "--set", "text.path=/nowhere"], 1, "text.path: no T5 encoder can be loaded from /nowhere"),
         (["--prompt", "a", "--guidance", "-1"], 2, "Invalid value for '--guidance'"),

@@ -1,4 +1,4 @@
-"""``backends`` and ``presets``: what there is."""
+"""``backends``, ``plugins`` and ``presets``: list what is available."""
 
 from __future__ import annotations
 
@@ -7,59 +7,82 @@ import sys
 from rich.markup import escape
 
 from ca2vdm_cli import presets
+from ca2vdm_cli.options import Dtype
+from ca2vdm_cli.plugins import REGISTRIES, backends, choose_backend, why_unavailable
 from ca2vdm_cli.terminal import output_console, print_json, table
 
 
-def list_backends(device: str, dtype: str, *, as_json: bool) -> None:
-    """Every backend, whether it runs here, and why not."""
-    from ca2vdm_cli.plugins import backends, choose_backend, why_unavailable
-    from ca2vdm_cli.runtime import Dtype, dtype_name, resolve_device, resolve_dtype
+def list_backends(*, device: str, dtype: Dtype, as_json: bool) -> None:
+    """List every backend, whether it is available on the device, and if not, why."""
+    from ca2vdm_cli.runtime import dtype_name, resolve_device, resolve_dtype
 
-    where = resolve_device(device)
-    number = resolve_dtype(Dtype(dtype), where)
-    auto = choose_backend("auto", where, number).name
-    found = [
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
+    auto = choose_backend("auto", torch_device, torch_dtype).name
+    entries = [
         {
             "name": backend.name,
             "description": backend.description,
-            "available": (reason := why_unavailable(backend, where, number)) is None,
+            "available": (reason := why_unavailable(backend, torch_device, torch_dtype)) is None,
             "reason": reason,
             "auto": backend.name == auto,
         }
         for backend in sorted(backends.values(), key=lambda backend: -backend.priority)
     ]
-    kind = dtype_name(number)
+    precision = dtype_name(torch_dtype)
     if as_json:
-        print_json({"device": str(where), "dtype": kind, "backends": found})
+        print_json({"device": str(torch_device), "dtype": precision, "backends": entries})
         return
-    rows = [
-        [
-            f"[bold]{b['name']}[/]",
-            "[green]auto picks it[/]" if b["auto"] else "available" if b["available"] else "[red]unavailable[/]",
-            escape(str(b["reason"] or b["description"])),
-        ]
-        for b in found
+    rows = []
+    for e in entries:
+        state = "[green]auto picks it[/]" if e["auto"] else "available" if e["available"] else "[red]unavailable[/]"
+        rows.append([f"[bold]{escape(str(e['name']))}[/]", state, escape(str(e["reason"] or e["description"]))])
+    output_console().print(table(["backend", f"{torch_device}, {precision}", ""], rows))
+
+
+def list_plugins(*, as_json: bool) -> None:
+    """List every entry of every registry, and who registered it."""
+    entries = [
+        {
+            "kind": registry.kind,
+            "name": name,
+            "description": registry[name].description,
+            "registered_by": registry.owner(name),
+        }
+        for registry in REGISTRIES
+        for name in registry
     ]
-    output_console().print(table(["backend", f"{where}, {kind}", ""], rows))
+    if as_json:
+        print_json({"plugins": entries})
+        return
+    columns = ["kind", "name", "registered by", ""]
+    rows = [
+        [e["kind"], f"[bold]{escape(e['name'])}[/]", escape(e["registered_by"]), escape(e["description"])]
+        for e in entries
+    ]
+    output_console().print(table(columns, rows))
 
 
 def list_presets(*, as_json: bool) -> None:
-    """The built-in presets."""
-    found = presets.list_presets()
+    """List the built-in presets."""
+    loaded = presets.list_presets()
     if as_json:
         print_json(
-            {p.name: {"description": p.config.description, "weights": p.weights_path is not None} for p in found}
+            {p.name: {"description": p.config.description, "weights": p.weights_path is not None} for p in loaded}
         )
         return
     rows = []
-    for p in found:
-        m = p.config.model
-        size = f"depth {m.depth}, D {m.hidden_size}, window {m.context_frames}, chunk {m.chunk_frames}"
-        name = f"[bold]{p.name}[/]" + (" (default)" if p.name == presets.DEFAULT_PRESET else "")
-        rows.append([name, "yes" if p.weights_path else "no", f"{escape(p.config.description)}\n[dim]{size}[/]"])
+    for preset in loaded:
+        model = preset.config.model
+        size = (
+            f"depth {model.depth}, width {model.hidden_size}, window {model.context_frames}, chunk {model.chunk_frames}"
+        )
+        name = f"[bold]{preset.name}[/]" + (" (default)" if preset.name == presets.DEFAULT_PRESET else "")
+        description = f"{escape(preset.config.description)}\n[dim]{size}[/]"
+        rows.append([name, "yes" if preset.weights_path else "no", description])
     output_console().print(table(["preset", "weights", ""], rows))
 
 
-def show_preset(name: str, overrides: list[str]) -> None:
-    """A preset with every setting resolved, as YAML that ``--preset`` reads."""
+def show_preset(name: str, *, overrides: list[str]) -> None:
+    """Print a preset with every setting resolved, as YAML that ``--preset`` reads."""
     sys.stdout.write(presets.dump_preset(presets.load_preset(name, overrides).config))

@@ -1,4 +1,4 @@
-"""``import``: a published-format checkpoint becomes weights for a preset."""
+"""``import``: turn a checkpoint in the published format into weights for a preset."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.terminal import console, note
 
-SHOWN = 8
-"""How many keys of a kind are named."""
+MAX_LISTED = 8
+"""Missing or left-over keys that are listed by name."""
 
 
 def run(
-    checkpoint: Path, output: Path, preset: str, dtype: str, overrides: list[str], *, partial: bool, overwrite: bool
+    *,
+    checkpoint: Path,
+    output: Path,
+    preset: str,
+    dtype: str,
+    overrides: list[str],
+    partial: bool,
+    overwrite: bool,
 ) -> None:
-    """Read, compare, write."""
+    """Read the checkpoint, compare it with the preset's model, write the matching tensors, and report."""
     if output.suffix != ".safetensors":
         raise UsageError(f"-o {output}: must end in .safetensors")
     if output.exists() and not overwrite:
@@ -31,7 +38,9 @@ def run(
     report = load_weights(model, tensors, str(checkpoint), partial=partial, extra=True)
     state = {**(model.state_dict() if partial else {}), **{key: tensors[key] for key in report.matched}}
     if dtype != "auto":
-        state = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
+        state = {
+            key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value for key, value in state.items()
+        }
     save_tensors(output, state, {"format": "pt", "preset": loaded.name})
     _print(report)
     note(f"→ {output}; check it with: ca2vdm verify --preset {preset} --checkpoint {output}")
@@ -39,10 +48,11 @@ def run(
 
 def _print(report: KeyReport) -> None:
     out = console()
-    for what, keys in (("matched", report.matched), ("missing", report.missing), ("left over", report.left_over)):
-        out.print(f"{what}: {len(keys)}", style="bold" if keys and what != "matched" else None)
-        if what != "matched":
-            for key in keys[:SHOWN]:
+    for title, keys in (("matched", report.matched), ("missing", report.missing), ("left over", report.left_over)):
+        is_problem = bool(keys) and title != "matched"
+        out.print(f"{title}: {len(keys)}", style="bold" if is_problem else None)
+        if is_problem:
+            for key in keys[:MAX_LISTED]:
                 note(f"  {key}")
-            if len(keys) > SHOWN:
-                note(f"  … and {len(keys) - SHOWN} more")
+            if len(keys) > MAX_LISTED:
+                note(f"  … and {len(keys) - MAX_LISTED} more")

@@ -1,8 +1,9 @@
 """Everything about video files: single frames and their conversion (``frames``), reading, writing."""
 
+from ca2vdm_cli.options import Aspect
+
 from .frames import (
     IMAGE_SUFFIXES,
-    Aspect,
     Frame,
     Geometry,
     Size,

@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from enum import Enum
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ca2vdm_cli.errors import UsageError, as_user_error
+from ca2vdm_cli.options import Aspect
 
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]
@@ -84,18 +84,6 @@ def pixels(array: Any) -> Frame:
     """An array of OpenCV or PyAV as a frame (H, W, C): typed for mypy, with the channel axis that OpenCV drops."""
     frame: Frame = np.ascontiguousarray(array, np.uint8)
     return frame[:, :, None] if frame.ndim == 2 else frame
-
-
-class Aspect(str, Enum):
-    """How a picture whose aspect ratio differs from the model's is handled."""
-
-    CROP = "crop"
-    """Keep the largest centred region of the model's aspect ratio. The model never sees the rest, so the output shows
-    only that region, in old and new frames alike."""
-    PAD = "pad"
-    """The whole picture between black bars, which are cut off again."""
-    STRETCH = "stretch"
-    """The whole picture, distorted to the model's aspect ratio and back."""
 
 
 @dataclass(frozen=True)

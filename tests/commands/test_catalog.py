@@ -1,4 +1,4 @@
-"""``ca2vdm import``, ``backends``, ``presets``, and help."""
+"""``ca2vdm import``, ``backends``, ``plugins`` and ``presets``, help and shell completion."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ import yaml
 from command_kit import (
     COMMANDS,
     RUN,
+    SUBCOMMANDS,
     Make,
     Refused,
     Report,
     apart,
     ca2vdm,
 )
+from torch import Tensor
 
 from ca2vdm_cli import __version__
 from ca2vdm_cli.checkpoint import load_tensors
@@ -92,7 +94,7 @@ def test_import_runs_no_code(refused: Refused, content: object) -> None:
     assert not Path("sprung").exists()
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
+# --- lists ----------------------------------------------------------------------------------------------------
 
 
 def test_presets(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +125,9 @@ class Unavailable(Backend):
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return "pip install imaginary[all] first"
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
 
 def test_backends(
     report: Report,
@@ -147,7 +152,7 @@ def test_backends(
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, *SUBCOMMANDS])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm(*command.split(), "--help") == 0
     out, text = capsys.readouterr()
@@ -155,9 +160,51 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert text == ""
 
 
-def test_no_command_is_a_wish_for_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm() == 0
-    assert set(COMMANDS[:-1]) <= set(capsys.readouterr().out.split())
+    assert set(COMMANDS) <= set(capsys.readouterr().out.split())
+
+
+# --- completion -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        ca2vdm("--show-completion", shell)
+    assert end.value.code == 0
+    assert "_CA2VDM_COMPLETE" in capsys.readouterr().out
+
+
+def test_completion_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        ca2vdm("--install-completion", "bash")
+    assert end.value.code == 0
+    assert any("_CA2VDM_COMPLETE" in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("ca2vdm pl", {"plan", "plugins"}),
+        ("ca2vdm sample --preset moving", {"moving-digits"}),
+        ("ca2vdm presets show ti", {"tiny"}),
+        ("ca2vdm sample --backend ", {"auto", "eager", "sdpa", "compile"}),
+        ("ca2vdm plan --sampler dd", {"ddim"}),
+        ("ca2vdm extend in.mp4 --strategy rec", {"recompute", "recompute-extendable"}),
+        ("ca2vdm sample --dtype b", {"bfloat16"}),
+    ],
+)
+def test_completion(words: str, expected: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another process, where completing must not import torch."""
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr));"
+    code += "from ca2vdm_cli.__main__ import main; main()"
+    monkeypatch.setenv("_CA2VDM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (set(run.stdout.split()), run.stderr) == (expected, "False\n")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,9 +212,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ca2vdm {__version__}\n"
 
 
-def test_help_is_instant() -> None:
-    """Another process: neither --version nor any --help brings in a large library."""
-    requests = [["--version"], *([*command.split(), "--help"] for command in ["", *COMMANDS])]
+def test_help_imports_no_large_library() -> None:
+    """In another process: neither --version nor any --help."""
+    requests = [["--version"], *([*command.split(), "--help"] for command in ["", *COMMANDS, *SUBCOMMANDS])]
     code = f"""if True:
         import sys
         from ca2vdm_cli.__main__ import main
@@ -177,11 +224,11 @@ def test_help_is_instant() -> None:
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     imported = run.stdout.rpartition("imported: ")[2].split()
     assert "typer" in imported
-    assert not {"torch", "numpy", "cv2", "av", "yaml"} & set(imported)
+    assert not {"torch", "numpy", "cv2", "av", "yaml", "pluggy", "rich"} & set(imported)
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_freed_memory_is_kept_unless_the_user_says_how(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freed_memory_is_kept_unless_the_environment_configures_it(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
     library = SimpleNamespace(mallopt=lambda option, value: asked.append((option, value)))
     monkeypatch.setattr("ctypes.CDLL", lambda name: library)
@@ -193,6 +240,7 @@ def test_freed_memory_is_kept_unless_the_user_says_how(own: bool, monkeypatch: p
     assert asked == ([] if own else [(-1, 2**30), (-3, 2**25)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [[sys.executable, "-m", "ca2vdm_cli"], ["ca2vdm"]])
 def test_program(program: list[str]) -> None:
     if program == ["ca2vdm"]:
@@ -203,6 +251,7 @@ def test_program(program: list[str]) -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, f"ca2vdm {__version__}\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code"), [("--version >&-", 0), ("presets show nope 2>&-", 2), ("extend - <&-", 1)]
 )

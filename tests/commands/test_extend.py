@@ -39,7 +39,7 @@ def test_extended_video_begins_with_the_input(make: Make, given: int, new: int) 
     assert max(apart(only_new, video[given:])) == 0
 
 
-def test_only_the_window_counts(make: Make) -> None:
+def test_only_the_last_window_of_the_input_matters(make: Make) -> None:
     frames = clip(30)
     save("long.npz", frames)
     save("tail.npz", frames[-WINDOW:])
@@ -65,7 +65,7 @@ def test_extending_depends_on_the_seed_only(make: Make, weights: Path) -> None:
 
 @pytest.mark.parametrize("target", ["given.mp4", "given/"])
 @pytest.mark.parametrize("wrong", [["--sampler", "nope"], ["--context-frames", 100], ["--steps", 2000]])
-def test_a_refused_request_leaves_the_input_alone(
+def test_a_wrong_request_leaves_the_input_alone(
     refused: Refused, weights: Path, target: str, wrong: list[object]
 ) -> None:
     save(target, clip(12))
@@ -91,12 +91,12 @@ def test_an_interrupt_before_any_new_frame_leaves_no_trace(
 
     monkeypatch.setattr(generate, "to_channels", interrupted)
     assert ca2vdm("extend", source, "--preset", weights, *GENERATE, "--overwrite", "-o", target) == 130
-    assert capsys.readouterr().err == "interrupted: before any new frame was made\n"
+    assert capsys.readouterr().err == "interrupted: no new frame was generated\n"
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
     assert not list(Path().rglob("*.part"))
 
 
-def test_a_video_that_breaks_off_is_said_to(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_video_is_reported(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save("whole.mp4", clip(200, 64, 64))
     Path("half.mp4").write_bytes(Path("whole.mp4").read_bytes()[: Path("whole.mp4").stat().st_size * 3 // 4])
     assert ca2vdm("extend", "half.mp4", "--preset", weights, *GENERATE, "--frames", 2, "-o", "out.npz") == 0
@@ -124,7 +124,7 @@ def test_size(make: Make, aspect: str | None, size: str | None, expected: tuple[
     video = make("extend", "given.npz", "--frames", 2, *options)
     assert len(video) == 5
     assert {frame.shape for frame in video} == {(*expected, 3)}
-    if aspect == "pad":  # bars only where the model's own frames are asked for
+    if aspect == "pad":  # bars only in frames of the model's own size
         assert (video[0][:4].max() == 0) == (size == "model")
 
 
@@ -139,7 +139,7 @@ def test_input_keeps_its_rate(make: Make) -> None:
     video = make("extend", "given.mp4", "--frames", 4, out="out.mp4")
     with open_reader("out.mp4") as reader:
         assert reader.fps == Fraction(25, 2)
-    assert max(apart(video[:6], source)) < 90  # twice through a lossy codec
+    assert max(apart(video[:6], source)) < 90  # encoded twice by a lossy codec
     make("extend", "given.mp4", "--frames", 4, "--fps", 5, out="out.mp4")
     with open_reader("out.mp4") as reader:
         assert reader.fps == 5
@@ -161,13 +161,13 @@ def test_extending_standard_input(make: Make, monkeypatch: pytest.MonkeyPatch) -
     assert max(apart(piped, make("extend", "given.y4m", "--frames", 3))) == 0
 
 
-def test_extended_video_has_a_name_of_its_own(weights: Path) -> None:
+def test_default_name_of_an_extended_video(weights: Path) -> None:
     save("given.npz", clip(2))
     assert ca2vdm("extend", "given.npz", "--preset", weights, *GENERATE, "--frames", 2, "-q") == 0
     assert len(load("given-extended.mp4")) == 4
 
 
-def test_video_may_be_extended_in_place(make: Make) -> None:
+def test_a_video_can_be_extended_in_place(make: Make) -> None:
     source = save("given.npz", clip(5))
     video = make("extend", "given.npz", "--frames", 3, out="given.npz")
     assert len(video) == 8

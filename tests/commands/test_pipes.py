@@ -1,4 +1,4 @@
-"""Commands as other programs meet them: pipes, signals, and no terminal. Each is a process of its own."""
+"""Commands in processes of their own: pipes, signals, and no terminal."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ import pytest
 from ca2vdm_cli.__main__ import main
 from ca2vdm_cli.video_io import Frame, open_reader
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = [sys.executable, "-W", "error", "-m", "ca2vdm_cli"]
 BEGIN = "import sys; from ca2vdm_cli.__main__ import main; print('main', flush=True); sys.exit(main())"
 ANNOUNCING = [sys.executable, "-W", "error", "-c", BEGIN]
-"""The same program, which says when it has begun."""
+"""The same program, but it prints a line when it has started."""
 RUN = ["--device", "cpu", "--backend", "eager"]
 ENDLESS = ["--frames", "1000000"]
 FRAME = len(b"FRAME\n") + 32 * 32 * 3 // 2  # of y4m
-PATIENCE = 60
+TIMEOUT = 60
 
 
 @pytest.fixture(scope="module")
 def generate(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options that both commands share, with weights that were trained for two steps."""
+    """Options of ``sample`` and ``extend``, with weights that were trained for two steps."""
     folder = str(tmp_path_factory.mktemp("trained") / "weights")
     settings = ["--set", "training.autoencoder_steps=2"]
     assert main(["train", "--preset", "tiny", "--steps", "2", "--out", folder, "--quiet", *RUN, *settings]) == 0
@@ -36,7 +38,7 @@ def generate(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Any]:
-    """``start(*arguments, stdin=...)``: a command that runs in an empty folder with pipes for its output."""
+    """``start(*arguments, stdin=...)``: starts a command in an empty folder, with pipes for its output."""
     running: list[subprocess.Popen[bytes]] = []
 
     def start(
@@ -59,10 +61,10 @@ def read(pipe: IO[bytes] | None, size: int) -> bytes:
 
 
 def wait_for(path: Path) -> None:
-    """Until there is such a file or folder, and a little longer, so that there is something in it."""
-    end = time.monotonic() + PATIENCE
+    """Wait until the file or folder exists, and a little longer, so that it has content."""
+    end = time.monotonic() + TIMEOUT
     while not path.exists():
-        assert time.monotonic() < end, f"no {path.name} after {PATIENCE} s"
+        assert time.monotonic() < end, f"no {path.name} after {TIMEOUT} s"
         time.sleep(0.05)
     time.sleep(0.5)
 
@@ -72,8 +74,8 @@ def load(path: Path) -> list[Frame]:
         return list(reader)
 
 
-def test_frames_are_piped_as_they_are_made(start: Any, generate: list[str]) -> None:
-    """Also: a reader that has seen enough ends the command, which says nothing about it."""
+def test_frames_are_piped_as_they_are_finished(start: Any, generate: list[str]) -> None:
+    """Also: when the reader closes the pipe, the command ends without a message."""
     sample = start("sample", *generate, *ENDLESS, "-o", "-")
     header = sample.stdout.readline()
     assert header.startswith(b"YUV4MPEG2 W32 H32 F8:1 ")
@@ -81,17 +83,17 @@ def test_frames_are_piped_as_they_are_made(start: Any, generate: list[str]) -> N
     assert all(frame.startswith(b"FRAME\n") and len(frame) == FRAME for frame in frames)
     assert sample.poll() is None
     sample.stdout.close()
-    assert sample.wait(PATIENCE) == 0
+    assert sample.wait(TIMEOUT) == 0
     assert sample.stderr.read() == b""
 
 
 def test_piping_from_command_to_command(start: Any, generate: list[str], tmp_path: Path) -> None:
-    """Standard output holds nothing but video; what is said goes to standard error, without colours or a moving bar."""
+    """Standard output holds nothing but video. Messages go to standard error, without colours or a progress bar."""
     sample = start("sample", *generate, "--frames", "10", "--fps", "12", "-o", "-")
     extend = start("extend", "-", *generate, "--frames", "7", "-o", "-", "--format", "mkv", stdin=sample.stdout)
     sample.stdout.close()
-    video, report = extend.communicate(timeout=PATIENCE)
-    assert (extend.returncode, sample.wait(PATIENCE)) == (0, 0)
+    video, report = extend.communicate(timeout=TIMEOUT)
+    assert (extend.returncode, sample.wait(TIMEOUT)) == (0, 0)
     for text in (report, sample.stderr.read()):
         assert b"frames/s" in text
         assert b"\x1b" not in text
@@ -103,16 +105,16 @@ def test_piping_from_command_to_command(start: Any, generate: list[str], tmp_pat
 
 
 def test_interrupting_a_pipe_of_commands(start: Any, generate: list[str], tmp_path: Path) -> None:
-    """Ctrl-C reaches both; the second has made nothing yet, so it leaves nothing."""
+    """Ctrl-C reaches both commands; the second has no new frame yet, so it leaves no file."""
     sample = start("sample", *generate, *ENDLESS, "-o", "-", "-q")
     extend = start("extend", "-", *generate, "-o", "out.mkv", stdin=sample.stdout)
     sample.stdout.close()
     wait_for(tmp_path / "out.mkv")
     for child in (sample, extend):
         child.send_signal(signal.SIGINT)
-    assert (sample.wait(PATIENCE), extend.wait(PATIENCE)) == (130, 130)
+    assert (sample.wait(TIMEOUT), extend.wait(TIMEOUT)) == (130, 130)
     assert sample.stderr.read() == b""
-    assert extend.stderr.read() == b"interrupted: before any new frame was made\n"
+    assert extend.stderr.read() == b"interrupted: no new frame was generated\n"
     assert not (tmp_path / "out.mkv").exists()
 
 
@@ -123,7 +125,7 @@ def test_interrupted_sample_leaves_a_playable_file(
     sample = start("sample", *generate, *ENDLESS, "-o", "out.mp4")
     wait_for(tmp_path / "out.mp4")
     sample.send_signal(number)
-    out, text = sample.communicate(timeout=PATIENCE)
+    out, text = sample.communicate(timeout=TIMEOUT)
     assert sample.returncode == 130
     assert out == b""
     frames = len(load(tmp_path / "out.mp4"))
@@ -131,12 +133,12 @@ def test_interrupted_sample_leaves_a_playable_file(
     assert text.decode() == f"interrupted: {frames} new frames are in out.mp4\n"
 
 
-def test_interrupted_before_anything_was_made(start: Any, generate: list[str], tmp_path: Path) -> None:
+def test_an_interrupt_while_the_command_starts(start: Any, generate: list[str], tmp_path: Path) -> None:
     sample = start("sample", *generate, *ENDLESS, "-o", "out.mp4", program=ANNOUNCING)
     assert sample.stdout.readline() == b"main\n"
     time.sleep(0.1)
     sample.send_signal(signal.SIGINT)
-    assert sample.wait(PATIENCE) == 130
+    assert sample.wait(TIMEOUT) == 130
     assert b"Traceback" not in sample.stderr.read()
 
 
@@ -146,5 +148,5 @@ def test_interrupted_before_anything_was_made(start: Any, generate: list[str], t
 def test_text_into_a_closed_pipe(start: Any, command: list[str]) -> None:
     child = start(*command)
     child.stdout.close()
-    assert child.wait(PATIENCE) == 0
+    assert child.wait(TIMEOUT) == 0
     assert child.stderr.read() == b""

@@ -1,4 +1,4 @@
-"""``ca2vdm sample``, and what is refused."""
+"""``ca2vdm sample``, and wrong requests to any command."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_output_is_replaced_only_when_asked(weights: Path, refused: Refused) -> 
     assert len(load("out.npz")) == 2
 
 
-def test_seed_decides(make: Make) -> None:
+def test_the_seed_determines_the_video(make: Make) -> None:
     first = make("sample", "--frames", 6)
     one = Path("out.npz").read_bytes()
     make("sample", "--frames", 6)
@@ -74,7 +74,7 @@ def test_seed_decides(make: Make) -> None:
     assert max(apart(make("sample", "--frames", 6, "--seed", 1), first)) > 20
 
 
-def test_length_does_not_matter_to_what_comes_first(make: Make) -> None:
+def test_the_first_frames_do_not_depend_on_the_length(make: Make) -> None:
     assert max(apart(make("sample", "--frames", 12)[:5], make("sample", "--frames", 5))) == 0
 
 
@@ -95,8 +95,8 @@ def test_videos_do_not_depend_on_each_other(make: Make, weights: Path, monkeypat
 def test_recomputing_gives_the_same_until_the_window_slides(make: Make) -> None:
     frames = make("sample", "--frames", 16)
     difference = apart(frames, make("sample", "--frames", 16, "--strategy", "recompute"))
-    assert max(difference[:12]) <= 1  # the chunk that begins at frame 8 still sees all of them
-    assert max(difference[12:]) > 1  # a cached frame remembers, a recomputed one has forgotten
+    assert max(difference[:12]) <= 1  # the chunk that begins at frame 8 still sees all earlier frames
+    assert max(difference[12:]) > 1  # cached keys and values still depend on evicted frames, recomputed ones do not
 
 
 def test_context_frames(make: Make, weights: Path, refused: Refused) -> None:
@@ -136,7 +136,7 @@ def test_first_frame_comes_first(make: Make, kind: str) -> None:
     assert len(make("sample", "--frames", 5, "--first-frame", source)) == 5
 
 
-def test_first_frame_is_asked_for_where_the_weights_need_one(make: Make, weights: Path, refused: Refused) -> None:
+def test_weights_that_need_a_first_frame_ask_for_one(make: Make, weights: Path, refused: Refused) -> None:
     needs_one = ["--set", "diffusion.unconditional_start=false"]
     assert "give a first frame" in refused(2, "sample", "--preset", weights, *GENERATE, *needs_one)
     write_image("given.png", clip(1)[0])
@@ -165,7 +165,7 @@ def test_report_as_json(report: Report, weights: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
 
 
-def test_report_for_people(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_as_text(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm("sample", "--preset", weights, *GENERATE, "--frames", 10, "-o", "out.mp4") == 0
     out, text = capsys.readouterr()
     assert out == ""
@@ -174,7 +174,7 @@ def test_report_for_people(weights: Path, capsys: pytest.CaptureFixture[str]) ->
         assert words in text
 
 
-def test_quiet_says_nothing(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_nothing(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm("sample", "--preset", weights, *GENERATE, "--frames", 2, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
 
@@ -185,7 +185,7 @@ def test_standard_output_holds_one_video(weights: Path, refused: Refused, option
     assert f"leave out {option[0]}" in line
 
 
-def test_a_terminal_is_no_place_for_a_video(weights: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_video_is_written_to_a_terminal(weights: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert "standard output is a terminal" in refused(2, "sample", "--preset", weights, *GENERATE, "-o", "-")
 
@@ -207,10 +207,10 @@ def test_interrupted_run_keeps_its_finished_frames(
 
 
 @pytest.mark.parametrize("command", ["sample", "train"])
-def test_on_a_terminal_the_last_words_stay(
+def test_the_message_about_an_interrupt_stays_on_the_terminal(
     weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    """The progress bar is wiped away when it ends, and must not take with it what is said about the interruption."""
+    """The progress bar is erased when it ends, and the message that follows is not."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -225,13 +225,13 @@ def test_on_a_terminal_the_last_words_stay(
     assert ca2vdm(command, *source, *options) == 130
     text = capsys.readouterr().err
     assert "sampling" in text or "training" in text
-    bar, words, end = text.rpartition("interrupted")
+    bar, message, end = text.rpartition("interrupted")
     assert "\x1b[2K" in bar  # erase the line
-    assert words
+    assert message
     assert "\x1b" not in end
 
 
-# --- what is wrong with a request -------------------------------------------------------------------------------------
+# --- wrong requests ---------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[list[object], str]] = [
     (["sample", "--preset", "nope"], "preset 'nope' is neither built in nor a file"),
@@ -240,15 +240,18 @@ WRONG: list[tuple[list[object], str]] = [
     (["sample", "--checkpoint", "nope.safetensors"], "nope.safetensors: no such file"),
     (["sample", "--checkpoint", "."], "a folder without preset.yaml"),
     (["sample", "--preset", "W", "--backend", "nope"], "no backend 'nope'; known: auto, eager"),
-    (["sample", "--preset", "W", "--device", "warp"], "device warp: not available here"),
+    (["sample", "--preset", "W", "--device", "warp"], "--device: warp is not available here"),
     (["sample", "--preset", "W", "--dtype", "int4"], "'int4' is not one of"),
     (["sample", "--preset", "W", "--format", "avi"], "cannot be written as 'avi'; use mp4"),
     (["sample", "--preset", "W", "-o", "out.avi"], "out.avi: cannot be written as 'avi'; use mp4"),
     (["sample", "--preset", "W", "-o", "-", "--format", "gif"], "cannot be written as 'gif'; use y4m, mkv"),
-    (["sample", "--preset", "W", "--set", "model.dept=3"], "did you mean model.depth?"),
+    (
+        ["sample", "--preset", "W", "--set", "model.dept=3"],
+        "--set: 'model.dept' is not a key of a preset; did",
+    ),
     (["sample", "--preset", "W", "--set", "model.depth=x"], "model.depth"),
-    (["sample", "--preset", "W", "--set", "model.depth"], "needs a key and a value"),
-    (["sample", "--preset", "W", "--steps", 5000], "steps: 5000 must be from 1 to 1000"),
+    (["sample", "--preset", "W", "--set", "model.depth"], "--set: model.depth must be a key and a value"),
+    (["sample", "--preset", "W", "--steps", 5000], "error: --steps: 5000 must be from 1 to 1000"),
     (
         ["sample", "--preset", "W", "--seed", 2**63],
         "--seed': Input should be less than or equal to 9223372036854775807",
@@ -271,10 +274,14 @@ WRONG: list[tuple[list[object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "expected"), WRONG, ids=lambda value: " ".join(map(str, value))[:60])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    WRONG,
+    ids=lambda value: " ".join(map(str, value if isinstance(value, list) else [value]))[:60],
+)
 def test_wrong_request(weights: Path, refused: Refused, arguments: list[object], expected: str) -> None:
     assert expected in refused(2, *(weights if argument == "W" else argument for argument in arguments))
-    assert list(Path().iterdir()) == []  # and it has left nothing behind
+    assert list(Path().iterdir()) == []  # nothing is left behind
 
 
 @pytest.mark.parametrize(
@@ -290,28 +297,28 @@ def test_unknown_sampler(
     assert expected in line
 
 
-def test_debug_shows_where() -> None:
+def test_debug_shows_the_traceback() -> None:
     with pytest.raises(UsageError, match="nope"):
         ca2vdm("sample", "--preset", "nope", "--debug")
     with pytest.raises(UsageError, match="--framse"):
         ca2vdm("--debug", "sample", "--framse")
 
 
-def test_fault_of_the_program_is_one_line_too(weights: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_reported_in_one_line(weights: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("one\ntwo")
 
     monkeypatch.setattr(KVCache, "plan", broken)
     line = refused(1, "sample", "--preset", weights, *GENERATE, "-o", "out.mp4")
     assert "ZeroDivisionError: one two" in line
-    assert "--debug" in line
+    assert "a bug in ca2vdm; --debug" in line
     with pytest.raises(ZeroDivisionError):
         ca2vdm("sample", "--preset", weights, *GENERATE, "-o", "out.mp4", "--debug")
     assert not Path("out.mp4").exists()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
-def test_too_little_memory_is_no_fault_of_the_program(
+def test_running_out_of_memory_is_not_reported_as_a_bug(
     error: Exception, weights: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -319,10 +326,10 @@ def test_too_little_memory_is_no_fault_of_the_program(
 
     monkeypatch.setattr(KVCache, "plan", fail)
     line = refused(1, "sample", "--preset", weights, *GENERATE, "-o", "out.mp4")
-    assert line == "error: out of memory; take a smaller batch, window or size (ca2vdm plan says what fits)"
+    assert line == "error: out of memory; use a smaller batch, window or size (ca2vdm plan says what fits)"
 
 
-def test_overflow_is_not_written(weights: Path, refused: Refused) -> None:
+def test_output_that_is_not_finite_is_not_written(weights: Path, refused: Refused) -> None:
     tensors, metadata = load_tensors(weights / WEIGHTS_FILE)
     broken = {key: value * 1e30 for key, value in tensors.items()}
     save_tensors(Path("broken.safetensors"), broken, metadata)
