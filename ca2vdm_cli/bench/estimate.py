@@ -225,7 +225,7 @@ def _simulate(request: Request, autoencoder: Autoencoder | None) -> _Memory:
     config = request.preset.config.model
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"), request.device:
         with _default_dtype(request.dtype):
-            model = build_model(config, request.backend)
+            model = CausalVideoTransformer(config, request.backend).eval()
         context = _full_context(model, request.context_frames)
         noisy, timestep = torch.empty(_shape(config)), torch.zeros(1)
         known = [*model.state_dict().values(), *_buffers(context), noisy]
