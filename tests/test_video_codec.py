@@ -32,7 +32,7 @@ def test_every_pixel_value_survives() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(2, 4, 8, 4, 1)
     floats = to_floats(pixels)
     assert floats.shape == (2, 4, 1, 8, 4) and floats.dtype == torch.float32
-    assert (floats.min(), floats.max()) == (-1, 1)
+    assert (float(floats.min()), float(floats.max())) == (-1, 1)
     assert torch.equal(to_uint8(floats), pixels)
     assert to_uint8(torch.tensor([-1.5, 1.5]).view(2, 1, 1)).flatten().tolist() == [0, 255], "clamped"
 
