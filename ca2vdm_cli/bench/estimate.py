@@ -221,7 +221,7 @@ def _simulate(workload: Workload, autoencoder: Autoencoder | None) -> _Memory:
     config = workload.preset.config.model
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"), workload.device:
         with _default_dtype(workload.dtype):  # fake parameters can't be converted afterwards
-            model = build_model(config, workload.backend)
+            model = CausalVideoTransformer(config, workload.backend).eval()
         context = _full_context(model, workload.context_frames)
         noisy, timestep = torch.empty(_shape(config)), torch.zeros(1)
         known = [*model.state_dict().values(), *_buffers(context), noisy]
