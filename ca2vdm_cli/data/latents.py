@@ -84,10 +84,10 @@ def cache_latents(
     """
     if not isinstance(source, VideoClips):
         raise UsageError(
-            "--cache-latents: moving-digits never repeats a clip, so there is nothing to cache; leave it out"
+            "cache_latents: moving-digits never repeats a clip, so there is nothing to cache; leave it out"
         )
     if source.data.crop is Crop.RANDOM:
-        raise UsageError("--cache-latents: data.crop random needs the frames themselves; use stretch, crop or pad")
+        raise UsageError("cache_latents: data.crop random needs the frames themselves; use stretch, crop or pad")
     settings = {
         "version": VERSION,
         "video": [source.video.height, source.video.width, source.video.channels],
@@ -226,7 +226,7 @@ class LatentClips(Clips):
 
     def crop(self, index: int, side: int) -> Tensor:
         """Raises UsageError: there are no pictures to train an autoencoder on."""
-        raise UsageError("--cache-latents: an autoencoder is trained on pictures; train it first, without the cache")
+        raise UsageError("cache_latents: an autoencoder is trained on pictures; train it first, without the cache")
 
     def _count(self, video: int) -> int:
         return self._entries[video][1] if video in self._entries else 0

@@ -110,7 +110,7 @@ def open_clips(path: Path | None, config: Preset, seed: int, frames: int) -> Cli
     data = config.data
     if path is None:
         if config.synthetic_data is None:
-            raise UsageError("synthetic_data: this preset has no such section; name a folder of videos with --data")
+            raise UsageError("synthetic_data: this preset has no such section; name a data set")
         return MovingDigits(config.synthetic_data, config.video, seed)
     layout = read_layout(path, data)
     return VideoClips(str(path), layout.videos, layout.rejects, config.video, data, seed, frames)
@@ -128,9 +128,9 @@ def read_layout(path: Path, data: DataConfig) -> Layout:
         UserError: a list or index cannot be read.
     """
     if data.format == SYNTHETIC:
-        raise UsageError(f"{path}: data.format {SYNTHETIC} is synthesized on the fly; leave out --data")
+        raise UsageError(f"{path}: data.format {SYNTHETIC} is synthesized on the fly, so no data set goes with it")
     if not os.path.exists(path):
-        raise UsageError(f"{path}: no such file or folder; --data takes a video, a list, or a folder of videos")
+        raise UsageError(f"{path}: no such file or folder; name a video, a list, or a folder of videos")
     if data.format != AUTO:
         readers.check(data.format, "data.format")
     with as_user_error(f"{path}: cannot be read", "check its permissions"):

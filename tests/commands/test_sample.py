@@ -266,7 +266,7 @@ WRONG: list[tuple[list[object], str]] = [
     (["extend", "nope.mp4", "--preset", "W"], "nope.mp4: no such file"),
     (["train", "--preset", "bench-small"], "works on latents only"),
     (["train", "--preset", "tiny", "--data", "nope"], "nope: no such file or folder"),
-    (["train", "--preset", "ca2-vdm-base"], "name a folder of videos with --data"),
+    (["train", "--preset", "ca2-vdm-base"], "name a data set"),
     (["train", "--preset", "tiny", "--resume"], "nothing to resume"),
     (["verify", "--recorded", "x.safetensors", "--preset", "tiny"], "leave out --preset"),
     (["import", "x.pt", "--preset", "tiny", "-o", "x.pt"], "must end in .safetensors"),
@@ -286,7 +286,7 @@ def test_wrong_request(weights: Path, refused: Refused, arguments: list[object],
 
 @pytest.mark.parametrize(
     ("diffusers", "expected"),
-    [(None, "pip install 'ca2vdm[latent]'"), (SimpleNamespace(nope=3), "nor a scheduler of diffusers")],
+    [(None, "pip install 'ca2vdm[latent]'"), (SimpleNamespace(nope=3), "nor a diffusers scheduler")],
 )
 def test_unknown_sampler(
     weights: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, diffusers: object, expected: str

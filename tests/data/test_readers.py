@@ -74,9 +74,9 @@ def test_names_that_no_reader_can_have(name: str) -> None:
 def test_the_source_without_a_path_is_moving_digits(tmp_path: Path) -> None:
     digits = open_clips(None, preset(), 0, LENGTH)
     assert isinstance(digits, MovingDigits) and digits.clip(0, LENGTH).caption is None
-    with pytest.raises(UsageError, match="leave out --data"):
+    with pytest.raises(UsageError, match="no data set goes with it"):
         open_clips(tmp_path, preset(format="moving-digits"), 0, LENGTH)
-    with pytest.raises(UsageError, match="name a folder of videos with --data"):
+    with pytest.raises(UsageError, match="name a data set"):
         open_clips(None, replace(preset(), synthetic_data=None), 0, LENGTH)
     with pytest.raises(UsageError, match="no such file or folder"):
         source(tmp_path / "absent")

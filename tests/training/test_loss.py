@@ -44,9 +44,9 @@ class Answering(nn.Module):
         self.plan: FramePlan
         self.timestep: Tensor
 
-    def context_plan(self, noisy: int, start: int, clock: TemporalWindow) -> FramePlan:
-        clean, frames = len(clock.context(start)), start + noisy
-        positions = torch.tensor([clock.position(f, start) for f in range(frames)])
+    def context_plan(self, noisy: int, start: int, window: TemporalWindow) -> FramePlan:
+        clean, frames = len(window.context(start)), start + noisy
+        positions = torch.tensor([window.position(f, start) for f in range(frames)])
         return FramePlan(clean, False, positions, torch.ones(frames, frames, dtype=torch.bool), None)
 
     def forward(self, inputs: Tensor, timestep: Tensor, plan: FramePlan, text: object = None) -> Tensor:
