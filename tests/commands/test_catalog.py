@@ -168,15 +168,24 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
 # --- completion -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def named_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the flags take the shell's name: its detection looks at the parent process, which may be anything."""
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+
+
+@pytest.mark.parametrize(
+    ("shell", "code"), [("bash", "complete -o"), ("zsh", "#compdef"), ("fish", "complete --command")]
+)
+def test_completion_script(shell: str, code: str, named_shell: None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         ca2vdm("--show-completion", shell)
     assert end.value.code == 0
-    assert "_CA2VDM_COMPLETE" in capsys.readouterr().out
+    script = capsys.readouterr().out
+    assert "_CA2VDM_COMPLETE" in script and code in script
 
 
-def test_completion_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_is_installed(named_shell: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(SystemExit) as end:
         ca2vdm("--install-completion", "bash")
