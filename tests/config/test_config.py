@@ -54,7 +54,7 @@ PARALLEL = "training.parallel_chunks=true"
 def test_settings_that_do_not_go_together(overrides: list[str], expected: str) -> None:
     with pytest.raises(UsageError) as error:
         load_preset("tiny", overrides)
-    _, _, message = str(error.value).partition(f"--set {overrides[-1]}: ")
+    _, _, message = str(error.value).partition(f"{overrides[-1]}: ")
     assert message.startswith(expected)
 
 
