@@ -274,8 +274,9 @@ def test_the_test_command_runs_the_tests() -> None:
 
 
 def test_python_examples_compile_and_the_readme_s_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = [code for code in CODE if code.language == "python"]
-    assert blocks
+    signatures = "docs/api.md"  # its blocks are not statements
+    blocks = [code for code in CODE if code.language == "python" and not code.place.startswith(signatures)]
+    assert len(blocks) > 5
     for block in blocks:
         compiled = compile(block.text, block.place, "exec")
         if block.place.startswith("README.md"):
