@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module, metadata
@@ -22,7 +20,6 @@ from ca2vdm_cli.cli import app
 from ca2vdm_cli.config import Preset
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.presets import load_preset, preset_names
-from ca2vdm_cli.video_io import open_reader
 
 ClickException = import_module("typer._click.exceptions" if find_spec("typer._click") else "click").ClickException
 
@@ -258,15 +255,12 @@ def marked_block(marker: str) -> str:
     return block[1].strip()
 
 
-@pytest.mark.slow
-def test_the_sample_command_makes_its_video(tmp_path: Path) -> None:
-    """As written, but in the environment of the tests; .ci/run tries a fresh one."""
+def test_the_sample_command_is_the_one_that_ci_runs() -> None:
+    """``.ci/run`` runs it as written, and counts the frames."""
     setup, _, command = marked_block("sample command").rpartition(" && ")
     assert setup == "python3 -m venv .venv && .venv/bin/pip install -e ."
     assert command == ".venv/bin/ca2vdm sample --frames 600"
-    subprocess.run([sys.executable, "-m", "ca2vdm_cli", *command.split()[1:]], cwd=tmp_path, check=True)
-    with open_reader(tmp_path / "sample.mp4") as reader:
-        assert sum(1 for _ in reader) == 600
+    assert 'marked "sample command"' in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_the_test_command_runs_the_tests() -> None:
