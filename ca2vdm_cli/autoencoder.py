@@ -116,7 +116,7 @@ class ConvAutoencoder(Autoencoder):
 class LowPassAutoencoder(ConvAutoencoder):
     """A fixed encoder that smooths and downsamples the frames, and a trained decoder that sharpens them.
 
-    Such latents change slowly as objects move, which is even easier for a diffusion model.
+    Such latents change slowly as objects move, which is even easier for a diffusion model to learn.
     """
 
     name = "lowpass"

@@ -1,4 +1,4 @@
-"""Choices that both the command line and the library know. Imports nothing, so that ``--help`` is instant."""
+"""Choices that the command line and the library share. Imports nothing, so that ``--help`` is instant."""
 
 from __future__ import annotations
 

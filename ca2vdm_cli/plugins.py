@@ -1,4 +1,4 @@
-"""What plug-ins can add, one registry a kind: backends, samplers, contexts, autoencoders, readers and metrics.
+"""What plug-ins can add, one registry per kind: backends, samplers, contexts, autoencoders, readers and metrics.
 
 Built-in entries and those of plug-ins (entry-point group ``ca2vdm``) are registered through the same hooks, see
 ``hookspecs``. Python code can also register an entry directly: ``ca2vdm_cli.samplers.register(MySampler)``.
@@ -108,8 +108,8 @@ class Registry(Mapping[str, T], Generic[T]):
         """Raise an error with suggestions if there is no entry of this name.
 
         Args:
-            name: the name that was asked for.
-            setting: where it was asked for, such as ``data.format``: what the error begins with.
+            name: the requested name.
+            setting: the setting that named it, such as ``data.format``; the error begins with it.
 
         Raises:
             UsageError: no such entry.

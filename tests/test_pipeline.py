@@ -252,7 +252,7 @@ def test_absolute_positions_limit_the_length(weights: Path) -> None:
     settings = ["model.temporal_positions=absolute", "sampling.steps=1"]
     pipeline = Pipeline.load(weights, overrides=settings, **CPU)
     assert joined(list(pipeline.sample(12))).shape[1] == 12
-    with pytest.raises(UsageError, match="absolute positions end after 13 frames, made in whole chunks of 4"):
+    with pytest.raises(UsageError, match="absolute positions allow at most 13 frames in whole chunks of 4"):
         pipeline.sample(13)
 
 
@@ -261,7 +261,7 @@ def test_preset_without_weights() -> None:
         Pipeline.load("tiny", **CPU)
     pipeline = Pipeline.load("bench-small", random_weights=True, overrides=["model.depth=1"], **CPU)
     assert not pipeline.trained
-    with pytest.raises(UsageError, match="works on latents only and makes no pictures"):
+    with pytest.raises(UsageError, match="works on latents only and produces no frames"):
         pipeline.sample(4)
 
 

@@ -225,7 +225,7 @@ def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: l
         ({"zero_optimization": {}}, "DeepSpeed: ZeRO stage None is not supported"),
         ({"optimizer": {"type": "Adam"}}, "DeepSpeed: the preset sets the optimizer"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "DeepSpeed: offload_optimizer"),
-        ({}, "DeepSpeed: it does not support muon; set training.optimizer=adamw"),
+        ({}, "DeepSpeed: it does not support the optimizer muon; set training.optimizer=adamw"),
     ],
 )
 def test_unsupported_settings_of_deepspeed(settings: dict[str, Any], expected: str) -> None:

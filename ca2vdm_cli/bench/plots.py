@@ -96,7 +96,7 @@ def _bars(
     *,
     percent: bool = False,
 ) -> None:
-    """A bar per method, with another, lighter one added to it; the sum is written at its end."""
+    """One bar per method, with a second, lighter one stacked on it; the sum is written at its end."""
     first = [value or 0.0 for value in values]
     second = [value or 0.0 for value in lighter or [0.0] * len(first)]
     colors = [color for _, color in zip(methods, cycle(_COLORS), strict=False)]

@@ -15,7 +15,7 @@ class Curve:
     frames: list[int]
     """Frames of the video, or of the context."""
     seconds: list[float]
-    """For the video up to that length, or for one denoising step."""
+    """Seconds for the video up to that length, or for one denoising step."""
     flops: list[int]
     """Floating-point operations, likewise."""
     memory_bytes: list[int]

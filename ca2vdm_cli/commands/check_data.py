@@ -22,7 +22,7 @@ ROWS = 20
 
 @dataclass(frozen=True)
 class _Facts:
-    """What was found out about a usable video."""
+    """What is known about a usable video."""
 
     frames: int
     size: tuple[int, int]

@@ -61,7 +61,7 @@ class DiffusionConfig:
         require(
             self.flow == (self.prediction is Prediction.FLOW),
             f"prediction: {self.prediction.value} does not go with beta_schedule {self.beta_schedule.value}; flow goes "
-            "with flow, and the others with each other",
+            "with flow, the other predictions with the other schedules",
         )
         if self.prefix_noise is not None:
             low, high = self.prefix_noise

@@ -24,23 +24,26 @@ from .source import Clip, random_square
 from .videos import Video
 
 MEMORY = 512 * 2**20
-"""Bytes of decoded video that a source may hold. If a data set would need more, nothing is kept, and only the frames of
-each clip are decoded."""
+"""Bytes of decoded video that a source may hold. If a data set would need more, nothing is stored, and only the frames
+of each clip are decoded."""
 HEADERS = 1000
-"""Up to this many videos are inspected before the first clip; in a larger set, each one when it is first drawn."""
+"""Up to this many videos are inspected before the first clip; in a larger data set, each one is inspected when it is
+first drawn."""
 REASONS = 3
 """How many unusable videos a message names."""
 ELONGATION = 8
-"""``Crop.RANDOM``: a frame whose aspect ratio is further from the model's than this factor loses its ends."""
+"""``Crop.RANDOM``: if a frame's aspect ratio differs from the model's by more than this factor, its ends are cut
+off."""
 FAILURES = 100
-"""Failed reads of one clip after which the files must be changing while they are read."""
+"""After this many failed reads of one clip, the files are assumed to be changing during the run."""
 
 
 class Clips(ABC):
-    """Random pieces of a data set's videos: what sources of pixels and of latents share.
+    """Random pieces of a data set's videos: the common base of pixel and latent sources.
 
     A video that cannot be read or is too short is skipped; ``skipped`` says why. A clip depends only on the files, the
-    seed and the clip's number, and not on earlier clips: what is remembered of a video would be found again.
+    seed and the clip's number, not on earlier clips: whatever is remembered about a video only saves looking it up
+    again.
 
     Attributes:
         name: the data set's name in messages.
@@ -64,7 +67,7 @@ class Clips(ABC):
 
     @abstractmethod
     def _read(self, video: int, frames: range, flip: bool) -> Tensor:
-        """These frames (T, ...), or fewer if the video breaks off before."""
+        """These frames (T, ...), or fewer if the video ends early."""
 
     @abstractmethod
     def _find_end(self, video: int) -> int:
@@ -97,7 +100,7 @@ class Clips(ABC):
             if count < max(span, self.span(self.frames)):
                 continue
             start = int(draw.integers(count - span + 1))
-            # from a generator of its own, so that flipping changes nothing else
+            # from a separate generator, so that flipping changes nothing else
             flip = self.data.flip and bool(np.random.default_rng((self.seed, index, 1)).integers(2))
             for _ in range(2):
                 frames = self._read(video, range(start, start + span, self.data.stride), flip)
@@ -149,8 +152,8 @@ def list_reasons(skipped: Mapping[str, str]) -> str:
 class VideoClips(Clips):
     """Random pieces of videos at the preset's frame size.
 
-    If all videos fit into ``MEMORY`` bytes at that size, decoded videos are kept; otherwise only the frames of each
-    clip are decoded.
+    If all videos fit into ``MEMORY`` bytes at that size, they are kept decoded in memory; otherwise only the frames of
+    each clip are decoded.
 
     Args:
         name: the data set's name in messages.
@@ -296,7 +299,7 @@ class VideoClips(Clips):
 
 
 def _cover(size: Size, model: Size) -> Size:
-    """The smallest size with a frame's aspect ratio that covers the model's size, its elongation limited."""
+    """The smallest size with a frame's aspect ratio (limited by ``ELONGATION``) that covers the model's size."""
     scale = max(Fraction(model[0], size[0]), Fraction(model[1], size[1]))
     height, width = (
         min(max(ours, round(theirs * scale)), ELONGATION * ours) for theirs, ours in zip(size, model, strict=True)

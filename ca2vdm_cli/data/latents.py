@@ -33,7 +33,7 @@ SAMPLE = 64 * 1024
 FRAMES = 16
 """Frames encoded per call."""
 ENTRY_BYTES = 2**31
-"""Largest entry. If a video's latents would be larger, only its beginning is kept."""
+"""Largest entry. If a video's latents would be larger, only its beginning is cached."""
 _KEY = "key"
 
 
@@ -46,7 +46,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What filling a cache did, in numbers of videos."""
+    """Result of filling a cache, in numbers of videos."""
 
     encoded: int
     """Newly encoded, including the stale ones."""
@@ -76,7 +76,7 @@ def cache_latents(
         config: the autoencoder's settings.
         folder: the cache; created if missing.
         device: where frames are encoded; the CPU by default.
-        progress: called after each video with the number of finished videos and of all videos.
+        progress: called after each video with the number of finished videos and the total.
 
     Raises:
         UsageError: the source has no videos, or a random crop.
@@ -199,7 +199,7 @@ def _encode(
                 latents = autoencoder.encode(pixels.flip(-1) if name == "flipped" else pixels)
                 part.append(latents.to("cpu", torch.float16))
                 size += 2 * latents.numel()
-    except UserError:  # it breaks off: the frames before are kept
+    except UserError:  # truncated or damaged: keep the frames decoded so far
         if not parts["latents"]:
             raise
     if not parts["latents"]:
@@ -225,8 +225,8 @@ class LatentClips(Clips):
         return Clip(latents.float(), caption)
 
     def crop(self, index: int, side: int) -> Tensor:
-        """Raises UsageError: there are no pictures to train an autoencoder on."""
-        raise UsageError("--cache-latents: an autoencoder is trained on pictures; train it first, without the cache")
+        """Raises UsageError: there are no frames to train an autoencoder on."""
+        raise UsageError("--cache-latents: an autoencoder is trained on frames; train it first, without the cache")
 
     def _count(self, video: int) -> int:
         return self._entries[video][1] if video in self._entries else 0

@@ -26,13 +26,13 @@ def find_records(path: Path) -> tuple[list[tuple[int, int]], str]:
             file.seek(place)
             head = file.read(12)
             if len(head) < 12:
-                problem = "it breaks off"
+                problem = "it is truncated"
                 break
             length, check = struct.unpack("<QI", head)
             if _masked_crc(head[:8]) != check:
                 problem = "the checksum of a length is wrong"
             elif length > min(RECORD_BYTES, size - place - 16):
-                problem = "it breaks off"
+                problem = "it is truncated"
             else:
                 records.append((place + 12, length))
             place += 16 + length
@@ -99,7 +99,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
         value = 0
         for shift in range(0, 70, 7):
             if place >= len(data):
-                raise ValueError("a message breaks off")
+                raise ValueError("a message is truncated")
             byte = data[place]
             place += 1
             value |= (byte & 0x7F) << shift
@@ -117,6 +117,6 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
         if length is None:
             raise ValueError(f"a field of the unknown wire type {kind} in a message")
         if length > len(data) - place:
-            raise ValueError("a message breaks off")
+            raise ValueError("a message is truncated")
         yield tag >> 3, data[place : place + length] if kind == 2 else 0
         place += length

@@ -245,7 +245,7 @@ class DiffusersSampler(Sampler):
             import diffusers
         except ImportError:
             raise UsageError(
-                f"sampler: {name!r} is none of {', '.join(samplers)}; more with pip install 'ca2vdm[latent]'"
+                f"sampler: {name!r} is none of {', '.join(samplers)}; pip install 'ca2vdm[latent]' adds more"
             ) from None
         if process.config.flow:
             raise UsageError(

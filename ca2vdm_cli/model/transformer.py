@@ -136,7 +136,8 @@ class CausalVideoTransformer(nn.Module):
         self(clean, clean.new_zeros(clean.shape[0]), cache.plan(clean.shape[2], clean=True), cache, text)
 
     def context_plan(self, noisy_frames: int, start: int, window: TemporalWindow) -> SequencePlan:
-        """The plan of a forward without a cache: the window before frame ``start``, then noisy frames from there on."""
+        """The plan of a forward without a cache: the window before frame ``start``, then noisy frames from ``start``
+        on."""
         context = window.context(start)
         positions = torch.tensor([window.position(f, start) for f in [*context, *range(start, start + noisy_frames)]])
         full = len(context) == window.context_frames

@@ -191,12 +191,12 @@ def test_window_longer_than_the_position_table(capsys: pytest.CaptureFixture[str
     [
         (
             "recompute",
-            r"cached is \d+\.\d\d× \w+ than recompute at a 9-frame window and 2 steps a chunk; outputs equal .*",
+            r"cached is \d+\.\d\d× \w+ than recompute at a 9-frame window and 2 steps per chunk; outputs equal .*",
         ),
         ("cached", r"cached alone was measured; outputs not compared .*"),
         (
             "per-step-cache",
-            r"cached is .* than per-step-cache at a 9-frame window and 2 steps a chunk; 2× less cache memory than .*",
+            r"cached is .* than per-step-cache at a 9-frame window and 2 steps per chunk; 2× less cache memory than .*",
         ),
     ],
 )
@@ -231,7 +231,7 @@ def test_verdict_says_what_is_slower_and_what_differs() -> None:
     )
     assert verdict(changed) == (
         "cached is 4.03× faster than recompute, 5.00× than bidirectional and 1.25× slower than per-step-cache at a "
-        "9-frame window and 2 steps a chunk; 2× less cache memory than per-step-cache; outputs DIFFER by 2.5e-01 "
+        "9-frame window and 2 steps per chunk; 2× less cache memory than per-step-cache; outputs DIFFER by 2.5e-01 "
         "before the window slides"
     )
 

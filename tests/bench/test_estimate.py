@@ -185,7 +185,10 @@ def test_wrong_requests(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, line in (
         (["--context-frames", "20"], "context frames: 20 is more than the 9 of the model's position table"),
         (["--sampler", "none"], "sampler: 'none' is none of"),
-        (["--set", "model.temporal_positions=absolute", "--frames", "14"], "absolute positions end after 13 frames"),
+        (
+            ["--set", "model.temporal_positions=absolute", "--frames", "14"],
+            "positions allow at most 13 frames",
+        ),
     ):
         assert main(["plan", "--preset", "tiny", *RUN, *arguments]) == 2
         assert line in capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_imported_weights_make_the_same_video(
 def test_import_refuses_another_shape(weights: Path, refused: Refused) -> None:
     request = ["import", weights / WEIGHTS_FILE, "--preset", "tiny", "-o", "mine.safetensors"]
     line = refused(1, *request, "--set", "model.hidden_size=64")
-    assert re.search(r"has shape \((.*)\), the model wants \((?!\1)", line)
+    assert re.search(r"has shape \((.*)\), the model needs \((?!\1)", line)
     assert "48" in line
     assert "64" in line
     assert not Path("mine.safetensors").exists()
@@ -73,7 +73,7 @@ def test_import_of_part_of_a_model(weights: Path, refused: Refused, capsys: pyte
     del state[key]
     torch.save(state, "part.pth")
     request = ["import", "part.pth", "--preset", "tiny", "-o", "mine.safetensors"]
-    assert f"1 of {len(state) + 1} tensors are missing, the first {key}" in refused(1, *request)
+    assert f"1 of {len(state) + 1} tensors are missing, the first is {key}" in refused(1, *request)
     assert ca2vdm(*request, "--partial", "--dtype", "bfloat16") == 0
     assert f"missing: 1\n  {key}\n" in capsys.readouterr().err
     imported = load_tensors(Path("mine.safetensors"))[0]

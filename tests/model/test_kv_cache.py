@@ -334,5 +334,5 @@ def test_absolute_positions_end(strategy: str, make_model: MakeModel) -> None:
     append_in(context, latents(6), [6])
     predict(context)
     context.append(latents(2))
-    with pytest.raises(UsageError, match="absolute positions end after 8 frames, made in whole chunks of 2"):
+    with pytest.raises(UsageError, match="absolute positions allow at most 8 frames in whole chunks of 2"):
         context.open_chunk()

@@ -164,7 +164,7 @@ def test_a_preset_object_and_a_runs_weights(tmp_path: Path) -> None:
         ({"steps": 0}, "training.steps: 0 must be greater than or equal to 1"),
         ({"teacher": "absent"}, "teacher: absent: no such file or folder"),
         ({"widen": True}, "preset tiny: it has no weights to widen; give a checkpoint"),
-        ({"widen": True, "teacher": "."}, "widen: it starts a run of its own; leave out resume and teacher"),
+        ({"widen": True, "teacher": "."}, "widen: this starts a new run; leave out resume and teacher"),
         ({"overrides": {"training.trainable": "lora"}}, "training.trainable: lora needs weights to start from"),
         ({"overrides": {"training": {"validation_metrics": ["pnsr"]}}}, "no metric 'pnsr'; did you mean psnr"),
         ({"overrides": {"sampling.sampler": "nope", "training.validate_every": 1}}, "sampler"),

@@ -348,5 +348,5 @@ def test_a_checkpoint_that_is_no_training_state_is_refused(run: Runs, tmp_path: 
 
 def test_a_training_state_of_another_model_is_refused(run: Runs, tmp_path: Path) -> None:
     run().save(RunFolder(tmp_path))
-    with pytest.raises(UserError, match=r"has shape \(.*\), the model wants \(.*\)"):
+    with pytest.raises(UserError, match=r"has shape \(.*\), the model needs \(.*\)"):
         run("model.hidden_size=32").state.load(newest(tmp_path))

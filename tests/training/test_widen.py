@@ -64,7 +64,7 @@ def test_the_command_trains_the_wider_model(weights: Path, tmp_path: Path) -> No
         (["--preset", "tiny"], "preset tiny: it has no weights to widen; give a checkpoint"),
         (["--checkpoint", "none.safetensors"], "none.safetensors: no such file"),
         (["--checkpoint", __file__], "not a readable safetensors file"),
-        (["--preset", "tiny", "--distill", "."], "widen: it starts a run of its own; leave out resume and teacher"),
+        (["--preset", "tiny", "--distill", "."], "widen: this starts a new run; leave out resume and teacher"),
     ],
 )
 def test_what_can_not_be_widened(arguments: list[str], message: str, refused: Refused, tmp_path: Path) -> None:
