@@ -45,18 +45,18 @@ def backend_source(
 
 
 def test_builtin_backends(fresh_plugins: None) -> None:
-    found = plugins.backends
-    assert {"eager", "sdpa", "compile"} <= set(found)
-    assert all(found[name].name == name and found[name].description for name in found)
-    assert plugins.choose_backend("eager", CPU, torch.float32) is found["eager"]
+    backends = plugins.backends
+    assert {"eager", "sdpa", "compile"} <= set(backends)
+    assert all(backends[name].name == name and backends[name].description for name in backends)
+    assert plugins.choose_backend("eager", CPU, torch.float32) is backends["eager"]
 
 
 def test_auto_takes_the_available_backend_of_highest_priority(
     monkeypatch: pytest.MonkeyPatch, fresh_plugins: None
 ) -> None:
-    found = plugins.backends
-    monkeypatch.setattr(found["compile"], "unavailable", lambda device, dtype: "no compiler here")
-    best = max((b for name, b in found.items() if name != "compile"), key=lambda backend: backend.priority)
+    backends = plugins.backends
+    monkeypatch.setattr(backends["compile"], "unavailable", lambda device, dtype: "no compiler here")
+    best = max((b for name, b in backends.items() if name != "compile"), key=lambda backend: backend.priority)
     assert plugins.choose_backend("auto", CPU, torch.float32) is best
     with pytest.raises(UsageError, match=r"compile is unavailable on cpu in bfloat16: no compiler here"):
         plugins.choose_backend("compile", CPU, torch.bfloat16)
@@ -66,10 +66,10 @@ def test_a_backend_whose_check_fails_is_unavailable(monkeypatch: pytest.MonkeyPa
     def check(device: torch.device, dtype: torch.dtype) -> str | None:
         raise ImportError("libnothing.so:\nno such file")
 
-    found = plugins.backends
-    monkeypatch.setattr(found["sdpa"], "unavailable", check)
-    monkeypatch.setattr(found["sdpa"], "priority", 1000)
-    assert plugins.choose_backend("auto", CPU, torch.float32) is not found["sdpa"]
+    backends = plugins.backends
+    monkeypatch.setattr(backends["sdpa"], "unavailable", check)
+    monkeypatch.setattr(backends["sdpa"], "priority", 1000)
+    assert plugins.choose_backend("auto", CPU, torch.float32) is not backends["sdpa"]
     with pytest.raises(UsageError, match=r"sdpa is unavailable on cpu in float32: ImportError: libnothing.so: no such"):
         plugins.choose_backend("sdpa", CPU, torch.float32)
 

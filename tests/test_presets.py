@@ -237,8 +237,8 @@ def test_what_training_asks_of_a_clip() -> None:
     assert (config().clip_frames, config().chunks(5)) == (13, 1)
     assert config(parallel).prefixes == (0,) and config(start, parallel).prefixes == (1,)
     for overrides, frames, chunks in (((parallel,), 16, 4), ((parallel, start), 13, 3)):  # the last after a full window
-        found = config(*overrides)
-        assert (found.clip_frames, found.chunks(found.prefixes[0])) == (frames, chunks)
+        settings = config(*overrides)
+        assert (settings.clip_frames, settings.chunks(settings.prefixes[0])) == (frames, chunks)
     absolute = "model.temporal_positions=absolute"  # 13 of them
     assert config(parallel, absolute).clip_frames == 12 and config(parallel, absolute, start).clip_frames == 13
     with pytest.raises(UsageError, match="must be at least 5, a whole chunk"):

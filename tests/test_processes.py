@@ -208,14 +208,14 @@ def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: l
         train(name, *resume, by_deepspeed=then)
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for file in (WEIGHTS_FILE, STATE_FILE):
-        found = {
+        weights = {
             name: load_tensors(tmp_path / name / "checkpoints" / "step-00000004" / file)[0]
             for name in ("one", "whole", "parts", "from", "to")
         }
-        assert all(torch.equal(value, found["whole"][key]) for key, value in found["parts"].items())
-        for tensors in found.values():
-            assert tensors.keys() == found["one"].keys()
-            assert all(torch.allclose(value, found["one"][key], atol=1e-5) for key, value in tensors.items())
+        assert all(torch.equal(value, weights["whole"][key]) for key, value in weights["parts"].items())
+        for tensors in weights.values():
+            assert tensors.keys() == weights["one"].keys()
+            assert all(torch.allclose(value, weights["one"][key], atol=1e-5) for key, value in tensors.items())
 
 
 @pytest.mark.parametrize(

@@ -181,11 +181,11 @@ def as_csv(report: Report) -> str:
     writer.writerow(columns)
     for run in report.runs:
         for method, result in run.results.items():
-            for number, repeat in enumerate(result.repeats):
+            for index, repeat in enumerate(result.repeats):
                 for chunk, steps in enumerate(repeat.seconds_per_step):
                     write, decode = repeat.write_seconds_per_chunk[chunk], repeat.decode_seconds_per_chunk[chunk]
                     first_frame = run.first_frame + chunk * report.environment.chunk_frames
-                    place = [run.backend, run.context_frames, method, number, chunk, first_frame]
+                    place = [run.backend, run.context_frames, method, index, chunk, first_frame]
                     seconds = [write, sum(steps), decode, repeat.encode_seconds_per_chunk[chunk]]
                     total = write + sum(steps) + (decode or 0.0)
                     rest = [result.kept_bytes_per_chunk[chunk], result.step_flops_per_chunk[chunk]]

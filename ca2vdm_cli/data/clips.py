@@ -208,17 +208,17 @@ class VideoClips(Clips):
         """Look at every video without decoding it; returns how many bytes all of them would take when decoded."""
         total, frame_bytes = 0.0, self.video.height * self.video.width * self.video.channels
         need = self.span(self.frames)
-        for number, video in enumerate(self.videos):
+        for index, video in enumerate(self.videos):
             try:
                 look = video.look()
             except UserError as error:
-                self._lengths[number] = 0
-                self._skip(number, video.reason(error))
+                self._lengths[index] = 0
+                self._skip(index, video.reason(error))
                 continue
             count = look.frames
             if count is not None and count < need:
-                self._lengths[number] = count
-                self._skip(number, too_short(count, need))
+                self._lengths[index] = count
+                self._skip(index, too_short(count, need))
                 continue
             if count is None:
                 count = round(float(look.fps) * look.seconds) if look.fps and look.seconds else MEMORY

@@ -100,7 +100,7 @@ def cache_latents(
     stale: dict[str, str] = {}
     entries: dict[int, tuple[Path, int]] = {}
     skipped = dict(source.skipped)
-    for number, video in enumerate(source.videos):
+    for index, video in enumerate(source.videos):
         path = folder / _entry(video)
         try:
             key = settings | _identity(video)
@@ -110,15 +110,15 @@ def cache_latents(
             if frames:
                 reused += 1
             elif video.name not in source.skipped:
-                frames = _encode(source, number, autoencoder, path, key, device)
+                frames = _encode(source, index, autoencoder, path, key, device)
                 encoded += 1
             if frames:
-                entries[number] = (path, frames)
+                entries[index] = (path, frames)
         except UserError as error:
             if str(error).startswith(f"{path}: "):
                 raise
             skipped[video.name] = video.reason(error)
-        progress(number + 1, len(source.videos))
+        progress(index + 1, len(source.videos))
     return LatentClips(source, entries, skipped), CacheReport(encoded, reused, stale)
 
 
@@ -183,7 +183,7 @@ def _versions(flip: bool) -> Sequence[str]:
 @torch.no_grad()
 def _encode(
     source: VideoClips,
-    number: int,
+    index: int,
     autoencoder: Encoder,
     path: Path,
     key: dict[str, object],
@@ -191,7 +191,7 @@ def _encode(
 ) -> int:
     """Encode a video into its entry; returns the number of frames."""
     parts: dict[str, list[Tensor]] = {name: [] for name in _versions(source.data.flip)}
-    size, frames = 0, source.whole(number)
+    size, frames = 0, source.whole(index)
     try:
         while size < ENTRY_BYTES and (batch := list(islice(frames, FRAMES))):
             pixels = torch.stack(batch).to(device)  # (N, C, H, W)
@@ -203,7 +203,7 @@ def _encode(
         if not parts["latents"]:
             raise
     if not parts["latents"]:
-        raise UserError(f"{source.videos[number].file}: no frame could be decoded")
+        raise UserError(f"{source.videos[index].file}: no frame could be decoded")
     tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
     save_tensors(path, tensors, {_KEY: json.dumps(key)})
     return len(tensors["latents"])

@@ -140,7 +140,7 @@ class VideoFile(Video):
         start."""
         times = _times(self.path)
         if frames.start and frames.stop <= len(times) and _are_unique(times):
-            pictures = _seek(self.path, [times[number] for number in frames])
+            pictures = _seek(self.path, [times[index] for index in frames])
             if pictures is not None:
                 return iter(pictures)
         return self._from_the_start(frames)
@@ -240,7 +240,7 @@ class ArrayVideo(Video):
 
     path: Path
     """The file."""
-    number: int
+    index: int
     """Which of the N."""
 
     @property
@@ -249,7 +249,7 @@ class ArrayVideo(Video):
 
     @property
     def part(self) -> str:
-        return str(self.number)
+        return str(self.index)
 
     def look(self) -> Look:
         frames, _, height, width = open_array(self.path).shape
@@ -259,10 +259,10 @@ class ArrayVideo(Video):
         return int(open_array(self.path).shape[0])
 
     def read(self, frames: range) -> Iterator[Frame]:
-        video = open_array(self.path)[:, self.number]
-        for number in frames:
-            if number < len(video):
-                yield np.array(video[number])[:, :, None]
+        video = open_array(self.path)[:, self.index]
+        for index in frames:
+            if index < len(video):
+                yield np.array(video[index])[:, :, None]
 
 
 def open_array(path: Path) -> np.ndarray:
@@ -311,9 +311,9 @@ class RecordVideo(Video):
 
     def read(self, frames: range) -> Iterator[Frame]:
         images = self._frames()
-        for number in frames:
-            if number < len(images):
-                yield np.frombuffer(images[number], np.uint8).reshape(BAIR_SIDE, BAIR_SIDE, 3)
+        for index in frames:
+            if index < len(images):
+                yield np.frombuffer(images[index], np.uint8).reshape(BAIR_SIDE, BAIR_SIDE, 3)
 
     def _frames(self) -> list[bytes]:
         with read_errors(str(self.path)):

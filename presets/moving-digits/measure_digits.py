@@ -447,7 +447,7 @@ class Result:
         return np.logical_and.reduce(list(self.rules.values()))
 
     @property
-    def kept(self) -> list[bool]:
+    def keeps_digit(self) -> list[bool]:
         """Which videos keep their digit."""
         return [a is not None and a == b for a, b in zip(self.begin, self.end, strict=True)]
 
@@ -456,7 +456,7 @@ class Result:
         return {
             "legible": float(self.legible.mean()),
             "rules": {rule: float(keeps.mean()) for rule, keeps in self.rules.items()},
-            "identity": float(np.mean(self.kept)),
+            "identity": float(np.mean(self.keeps_digit)),
             "frechet": {kind: {"first": a, "last": b, "ratio": b / a} for kind, (a, b) in self.distances.items()},
             "speeds": {"within": self.speeds_within, "quantiles": quantiles(self.speeds)},
             "bounces": {
@@ -603,7 +603,7 @@ class Judge:
     def measure(self, videos: Iterable[np.ndarray]) -> Result:
         """Measure all videos, (T, H, W) uint8 each, one at a time."""
         looks = [self.look(frames) for frames in videos]
-        kept = [self.rules(look) for look in looks]
+        rules = [self.rules(look) for look in looks]
         middle = slice(WINDOW - 1 - VOTES // 2, WINDOW + VOTES // 2)
         slowest, ranges = self.data.min_speed, self.bounce_ranges
         speeds = np.concatenate([find_speeds(look.path, slowest) for look in looks])
@@ -611,7 +611,7 @@ class Judge:
         right_place = [low <= b.place <= high for b in bounces for low, high in [ranges[b.axis, b.far]]]
         low, high = self.speed_range
         return Result(
-            rules={rule: np.stack([rules[rule] for rules in kept]) for rule in kept[0]},
+            rules={rule: np.stack([passed[rule] for passed in rules]) for rule in rules[0]},
             begin=[self.recognise(look, middle) for look in looks],
             end=[self.recognise(look, slice(-VOTES, None)) for look in looks],
             distances={kind: self.distances(looks, kind) for kind in KINDS},
@@ -651,27 +651,27 @@ def compare(judge: Judge, generated: Result, real: Result) -> list[Measure]:
     both = (generated, real)
 
     def share(name: str, values: Iterable[float], bar: float | None = None) -> Measure:
-        made, truth = values
+        ours, theirs = values
         text = "" if bar is None else f"≥ {bar:.0%}"
-        return Measure(name, f"{made:.1%}", f"{truth:.1%}", text, None if bar is None else bool(made >= bar))
+        return Measure(name, f"{ours:.1%}", f"{theirs:.1%}", text, None if bar is None else bool(ours >= bar))
 
     rows = [share("frames with one legible digit", (float(r.legible.mean()) for r in both), LEGIBLE_BAR)]
     rows += [share(f"  rule: {rule}", (float(r.rules[rule].mean()) for r in both)) for rule in generated.rules]
-    rows += [share("videos that keep their digit", (float(np.mean(r.kept)) for r in both), IDENTITY_BAR)]
+    rows += [share("videos that keep their digit", (float(np.mean(r.keeps_digit)) for r in both), IDENTITY_BAR)]
     for kind in KINDS:
-        made, truth = (f"{a:.3g} → {b:.3g} (×{b / a:.2f})" for a, b in (r.distances[kind] for r in both))
+        ours, theirs = (f"{a:.3g} → {b:.3g} (×{b / a:.2f})" for a, b in (r.distances[kind] for r in both))
         first, last = generated.distances[kind]
         usual, most = float(np.median(judge.floor[kind])), max(judge.floor[kind])
         bar, limit = f"≤ ×{FRECHET_BAR}", FRECHET_BAR * first
         if kind == "differences":
             bar, limit = f"{bar} or ≤ {most:.3g}", max(limit, most)
         passed = last <= limit
-        rows += [Measure(f"Fréchet distance of {kind}, first → last", made, truth, bar, passed)]
+        rows += [Measure(f"Fréchet distance of {kind}, first → last", ours, theirs, bar, passed)]
         rows += [Measure("  real sets of this size: median, most", "", f"{usual:.3g}, {most:.3g}")]
     low, high = judge.speed_range
     rows += [share(f"speeds within {low:.2f}–{high:.2f} px/frame", (r.speeds_within for r in both), RANGE_BAR)]
-    made, truth = (" / ".join(f"{value:.2f}" for value in quantiles(r.speeds)) for r in both)
-    rows += [Measure("  0.5 % / median / 99.5 %", made, truth)]
+    ours, theirs = (" / ".join(f"{value:.2f}" for value in quantiles(r.speeds)) for r in both)
+    rows += [Measure("  0.5 % / median / 99.5 %", ours, theirs)]
     rows += [share("bounces at the borders", (r.bounces_within for r in both), RANGE_BAR)]
     rows += [Measure("  how many", str(len(generated.bounces)), str(len(real.bounces)))]
     return rows

@@ -44,9 +44,9 @@ class Answering(nn.Module):
         self.plan: FramePlan
         self.timestep: Tensor
 
-    def context_plan(self, noisy: int, start: int, clock: TemporalWindow) -> FramePlan:
-        clean, frames = len(clock.context(start)), start + noisy
-        positions = torch.tensor([clock.position(f, start) for f in range(frames)])
+    def context_plan(self, noisy: int, start: int, window: TemporalWindow) -> FramePlan:
+        clean, frames = len(window.context(start)), start + noisy
+        positions = torch.tensor([window.position(f, start) for f in range(frames)])
         return FramePlan(clean, False, positions, torch.ones(frames, frames, dtype=torch.bool), None)
 
     def forward(self, inputs: Tensor, timestep: Tensor, plan: FramePlan, text: object = None) -> Tensor:
@@ -174,9 +174,9 @@ def test_parallel_chunks_have_the_gradients_of_one_chunk_at_a_time(
         alone = alone + loss
         assert torch.allclose(term["mse"][:, 0], terms["mse"][:, j], rtol=1e-4)
     assert torch.allclose(chunks * together, alone, rtol=1e-5)
-    found = torch.autograd.grad(alone, list(model.parameters()), materialize_grads=True)
+    gradients = torch.autograd.grad(alone, list(model.parameters()), materialize_grads=True)
     largest = max(float(gradient.abs().max()) for gradient in expected)
-    for (name, _), ours, theirs in zip(model.named_parameters(), expected, found, strict=True):
+    for (name, _), ours, theirs in zip(model.named_parameters(), expected, gradients, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5 * largest), name
     assert largest > 1e-3
 

@@ -87,10 +87,11 @@ class Brightness(Metric):
     name = "brightness"
     description = "mean of the generated frames, for tests"
 
-    def measure(self, made: Frame, true: Frame) -> float:
-        assert made.shape == true.shape and made.dtype == true.dtype == np.uint8 and made.shape[1:] == (32, 32, 1)
-        measured_lengths.append(len(made))
-        return float(made.mean())
+    def measure(self, generated: Frame, true: Frame) -> float:
+        assert generated.shape == true.shape and generated.shape[1:] == (32, 32, 1)
+        assert generated.dtype == true.dtype == np.uint8
+        measured_lengths.append(len(generated))
+        return float(generated.mean())
 
 
 measured_lengths: list[int] = []
