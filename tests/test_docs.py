@@ -51,7 +51,7 @@ class Code:
     place: str
     """Page and line."""
     language: str
-    """Of a block; ``span`` for a span."""
+    """Language of a block; ``span`` for a span."""
     text: str
 
     @property
@@ -78,7 +78,7 @@ CODE = [code for page in PAGES for code in code_in(page)]
 
 
 def command_lines(code: Code) -> Iterator[list[str]]:
-    """The words of each simple command in shell code: pipelines and lists are split, here-documents left out."""
+    """The words of each simple command in shell code: pipelines and lists are split, and here-documents skipped."""
     text = re.sub(r"<<'(\w+)'\n.*?\n\1\n", "\n", code.text, flags=re.DOTALL).replace("\\\n", " ")
     for line in text.splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -119,7 +119,7 @@ COMMANDS = list(commands())
 
 
 def parse_error(arguments: list[str]) -> str:
-    """Parse a command line without running it; what is wrong with it, if anything."""
+    """Parse a command line without running it; returns what is wrong with it, if anything."""
 
     def strip(command: Any) -> None:
         command.callback = None
@@ -179,7 +179,7 @@ SETTINGS = [(place, arguments) for place, arguments in COMMANDS if overrides_in(
 
 @pytest.mark.parametrize(("place", "arguments"), SETTINGS, ids=[f"{place} {' '.join(a)}" for place, a in SETTINGS])
 def test_settings_of_commands_are_valid(place: str, arguments: list[str]) -> None:
-    """Key and value of each ``--set``, in the command's preset or else in the default one."""
+    """Key and value of each ``--set`` are valid, in the command's preset or else in the default one."""
     preset = arguments[arguments.index("--preset") + 1] if "--preset" in arguments else ""
     try:
         load_preset(preset if preset in preset_names() else "moving-digits", overrides_in(arguments))
@@ -239,7 +239,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?:|mailto:", link):
@@ -260,7 +260,7 @@ def marked_block(marker: str) -> str:
 
 @pytest.mark.slow
 def test_the_sample_command_makes_its_video(tmp_path: Path) -> None:
-    """As written, but in the environment of the tests; .ci/run tries a fresh one."""
+    """As written, but in the tests' environment; .ci/run uses a fresh one."""
     setup, _, command = marked_block("sample command").rpartition(" && ")
     assert setup == "python3 -m venv .venv && .venv/bin/pip install -e ."
     assert command == ".venv/bin/ca2vdm sample --frames 600"
@@ -273,7 +273,7 @@ def test_the_test_command_runs_the_tests() -> None:
     assert marked_block("test command").endswith(".venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest")
 
 
-def test_python_examples_compile_and_the_readme_s_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_examples_compile_and_that_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = [code for code in CODE if code.language == "python"]
     assert blocks
     for block in blocks:

@@ -23,7 +23,7 @@ CHUNK, WINDOW = 4, 9  # of the tiny preset
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny preset after three large training steps, so that its videos depend on the context."""
+    """The tiny preset after three steps at a high learning rate, so that its videos depend on the context."""
     folder = tmp_path_factory.mktemp("trained") / "weights"
     settings = ["--set", "training.learning_rate=0.03", "--set", "training.autoencoder_steps=2"]
     flags = ["--device", "cpu", "--backend", "eager", "--quiet", *settings]
@@ -51,7 +51,7 @@ def apart(frames: np.ndarray, others: np.ndarray) -> int:
     return int(np.abs(frames.astype(int) - others).max())
 
 
-def test_what_the_package_offers() -> None:
+def test_public_names() -> None:
     assert ca2vdm_cli.Pipeline is Pipeline
     assert {"Pipeline", "RunOptions", "VideoChunk", "UserError", "load_preset", "backends"} <= set(dir(ca2vdm_cli))
     assert all(hasattr(ca2vdm_cli, name) for name in ca2vdm_cli.__all__)
@@ -233,7 +233,7 @@ WRONG: list[tuple[Callable[[Pipeline, np.ndarray], object], str]] = [
 
 
 @pytest.mark.parametrize(("ask", "expected"), WRONG, ids=range(len(WRONG)))
-def test_wrong_request_fails_before_the_first_chunk(
+def test_an_invalid_request_fails_before_the_first_chunk(
     pipeline: Pipeline, given: np.ndarray, ask: Callable[[Pipeline, np.ndarray], object], expected: str
 ) -> None:
     with pytest.raises(UsageError, match=expected):

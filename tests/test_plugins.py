@@ -1,4 +1,4 @@
-"""Registries: built-in entries, those of plug-ins and of Python code, and what happens when a plug-in is wrong."""
+"""Registries: entries that are built in or come from plug-ins or Python code, and how faulty plug-ins are reported."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_backend_whose_check_fails_is_unavailable(monkeypatch: pytest.MonkeyPa
         plugins.choose_backend("sdpa", CPU, torch.float32)
 
 
-def test_compile_needs_the_compiler_that_pytorch_would_take(
+def test_compile_needs_the_compiler_that_pytorch_would_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_plugins: None
 ) -> None:
     check = plugins.backends["compile"].unavailable
@@ -280,7 +280,7 @@ def test_a_misspelt_name(fresh_plugins: None) -> None:
 # Errors while a plug-in runs; test_plugin_page.py has one for every kind
 
 
-def test_an_error_elsewhere_is_no_plugins_fault(add_plugin: AddPlugin) -> None:
+def test_an_error_elsewhere_is_not_blamed_on_a_plugin(add_plugin: AddPlugin) -> None:
     add_plugin("good", backend_source())
     backend = plugins.backends["other"]
     assert torch.equal(backend.attend(*torch.zeros(3, 1)), torch.zeros(1))

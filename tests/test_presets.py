@@ -30,7 +30,7 @@ model: {depth: 2, hidden_size: 48, num_heads: 4, latent_height: 8, latent_width:
 
 
 def refusal(name: str | Path, *overrides: str) -> str:
-    """The error that loading a preset ends in, which is one line and a usage error."""
+    """The error of loading a preset, which must be a usage error of one line."""
     with pytest.raises(UsageError) as error:
         load_preset(name, overrides)
     assert "\n" not in str(error.value)
@@ -55,7 +55,7 @@ def test_shipped_presets_are_valid() -> None:
         assert loaded.config.description
 
 
-def test_paper_preset_is_the_papers() -> None:
+def test_the_papers_preset_has_the_papers_settings() -> None:
     config = load_preset("ca2-vdm-xl").config
     model = config.model
     assert (model.depth, model.hidden_size, model.num_heads, model.tokens_per_frame) == (28, 1152, 16, 256)
@@ -125,7 +125,7 @@ def test_refused_overrides(override: str, expected: str) -> None:
     assert expected in refusal("tiny", override)
 
 
-# What a file may hold
+# What a file may contain
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_importing_presets_leaves_torch_out() -> None:
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1]).returncode == 0
 
 
-def test_what_training_asks_of_a_clip() -> None:
+def test_lengths_of_training_clips() -> None:
     def config(*overrides: str) -> Preset:
         return load_preset("tiny", ["training.prefix_lengths=", *overrides]).config
 

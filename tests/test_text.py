@@ -1,6 +1,6 @@
 """Text: embeddings of captions and prompts, training on captions, and videos from prompts.
 
-The encoder is a tiny T5 of random weights (``t5`` in conftest.py); a caption has 6 tokens at most. Shapes: embeddings
+The encoder is a tiny T5 with random weights (``t5`` in conftest.py); a caption has at most 6 tokens. Shapes: embeddings
 (B, M, E), masks (B, M).
 """
 
@@ -55,7 +55,7 @@ def encoder(t5: Path, config: ModelConfig) -> TextEncoder:
 
 
 def stored(captions: int) -> tuple[Tensor, Tensor]:
-    """An unconditional caption that is easy to recognise."""
+    """An unconditional caption that is easy to recognize."""
     return torch.full((captions, TOKENS, CHANNELS), 7.0), torch.ones(captions, TOKENS, dtype=torch.bool)
 
 
@@ -150,7 +150,7 @@ def test_an_encoder_that_does_not_fit_is_refused(t5: Path, make_config: Callable
 
 # ------------------------------------------------------------------------------------------------------------ training
 class Shades:
-    """Clips of one shade each, with captions that name it."""
+    """Clips that each have a single shade, with captions that name it."""
 
     def __init__(self, captions: Sequence[str | None] = ("a white square", "a black square")) -> None:
         self.captions = captions

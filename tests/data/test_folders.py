@@ -88,7 +88,7 @@ def test_a_damaged_video_is_used_up_to_the_damage(tmp_path: Path, monkeypatch: p
         source(tmp_path, frames=10).clip(0, 10)
 
 
-def test_clips_do_not_depend_on_what_is_known_of_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_do_not_depend_on_what_is_known_about_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part of ``v`` before the damage is too short for a clip, but the part after it can be read."""
     for name, first in (("v", 0), ("w", 30)):
         (tmp_path / name).mkdir()

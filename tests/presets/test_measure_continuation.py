@@ -1,4 +1,4 @@
-"""The script that compares a continuation with the truth."""
+"""The script that compares a continuation with the real frames."""
 
 import runpy
 from collections.abc import Callable

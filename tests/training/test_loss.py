@@ -34,7 +34,7 @@ MakeModel = Callable[..., CausalVideoTransformer]
 
 
 class Answering(nn.Module):
-    """Stands in for the network: remembers what it was asked, and answers with a parameter of the output's shape."""
+    """Stands in for the network: records its inputs, and returns a parameter of the output's shape."""
 
     def __init__(self, config: ModelConfig, videos: int) -> None:
         super().__init__()

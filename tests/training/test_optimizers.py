@@ -1,4 +1,4 @@
-"""Optimizers: Muon does what PyTorch's does, in float32 where bfloat16 would crawl."""
+"""Optimizers: Muon equals PyTorch's, but computes in float32 if bfloat16 would be slow."""
 
 import pytest
 import torch
