@@ -391,9 +391,9 @@ def bench(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure what the cache gains.
+    """Benchmark the cache against baselines.
 
-    All methods use the same weights, seed, backend and precision, and run in alternating order.
+    All methods use the same weights, seed, backend and dtype, and run in alternating order.
     """
     from .commands.bench import run
 

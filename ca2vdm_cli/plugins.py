@@ -281,7 +281,7 @@ def why_unavailable(backend: Backend, device: torch.device, dtype: torch.dtype) 
 def plugin_failure(error: BaseException) -> UserError | None:
     """The error to show when a plug-in raised ``error`` while it ran; None if no plug-in is involved.
 
-    The plug-in is the one whose package the innermost frame belongs to, among the frames of plug-ins.
+    If several plug-ins are on the call stack, the innermost one is named.
     """
     owners: dict[str, str] = {}
     if plugin_manager.cache_info().currsize:
@@ -314,7 +314,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def _blame(owner: str, what: str) -> Iterator[None]:
-    """Turn whatever a plug-in raises into one line that names it."""
+    """Turn any error that a plug-in raises into one line that names the plug-in."""
     try:
         yield
     except UserError:

@@ -211,7 +211,7 @@ def test_entries_registered_in_python_are_used(pipeline: Pipeline, weights: Path
 
 
 def test_names_that_are_not_registered_are_refused(pipeline: Pipeline, weights: Path) -> None:
-    with pytest.raises(UsageError, match="sampler: 'mine' is none of"):
+    with pytest.raises(UsageError, match="sampler: 'mine' is not one of"):
         pipeline.sample(4, sampler="mine")
     with pytest.raises(UsageError, match="strategy: there is no context 'mine'; known: cached"):
         pipeline.sample(4, strategy="mine")

@@ -1,4 +1,4 @@
-"""The benchmark: ``cached`` and its baselines on the same weights, seed, backend and precision, taking turns."""
+"""The benchmark: ``cached`` and its baselines on the same weights, seed, backend and dtype, taking turns."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def _frames_shape(config: ModelConfig) -> tuple[int, ...]:
 
 
 def _load_autoencoder(workload: Workload) -> Autoencoder | None:
-    """The preset's own small autoencoder with random weights; None if there is none, or a large one."""
+    """The preset's own small autoencoder with random weights; None if the preset has none, or a large one."""
     config = workload.preset.config
     if config.video is None or not autoencoders[config.autoencoder.kind].trained_here:
         return None

@@ -1,4 +1,4 @@
-"""Methods in lockstep: the same weights, backend, precision and inputs, one denoising step at a time."""
+"""Methods in lockstep: the same weights, backend, dtype and inputs, one denoising step at a time."""
 
 from __future__ import annotations
 

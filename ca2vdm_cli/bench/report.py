@@ -73,7 +73,7 @@ def notes(run: BackendRun) -> Iterator[str]:
     yield (
         "Steady-state medians; below them the ratio to cached, or the range of cached itself. Chunk: denoising steps "
         "and cache write. Video: all chunks, without decoding. frames/s: with decoding, if there is an autoencoder. "
-        "MFU: share of the machine's rate in matrix products of the same precision, measured between the steps. "
+        "MFU: share of the machine's rate in matrix products of the same dtype, measured between the steps. "
         "Context: memory kept between chunks. Peak: context and working memory, without the weights."
     )
     if run.max_abs_difference_after_slide is not None:

@@ -17,7 +17,7 @@ class Curve:
     seconds: list[float]
     """Seconds for the video up to that length, or for one denoising step."""
     flops: list[int]
-    """Floating-point operations, likewise."""
+    """Floating-point operations, for the same."""
     memory_bytes: list[int]
     """Context and the rise in one denoising step, without the weights."""
     seconds_exponent: float | None = field(init=False)

@@ -1,4 +1,4 @@
-"""``bench``: measure what the cache gains."""
+"""``bench``: benchmark the cache against baselines."""
 
 from __future__ import annotations
 

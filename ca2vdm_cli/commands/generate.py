@@ -44,7 +44,7 @@ FrameMap = Callable[[Frame], Frame]
 BATCH = 4
 """Videos that are generated together. It does not change what they look like."""
 TIMED_PARTS = ("input", "denoise", "cache_write", "decode", "encode", "output")
-"""Parts of a run whose time is reported."""
+"""Parts of a run that are timed in the report."""
 
 
 class LoadOptions(TypedDict):

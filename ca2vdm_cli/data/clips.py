@@ -264,7 +264,7 @@ class VideoClips(Clips):
         return pixels
 
     def _stack(self, frames: Iterable[Frame]) -> np.ndarray:
-        """Frames of one size as (T, H', W', C), up to the first unreadable one; raises only if there is none before."""
+        """Frames of one size as (T, H', W', C), up to the first unreadable one; raises only if no frame precedes it."""
         stack: list[Frame] = []
         try:
             stack.extend(frames)

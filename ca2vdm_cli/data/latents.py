@@ -210,7 +210,7 @@ def _encode(
 
 
 class LatentClips(Clips):
-    """The clips of a ``VideoClips`` source as latents from a cache. Made by ``cache_latents``."""
+    """The clips of a ``VideoClips`` source as latents from a cache. Created by ``cache_latents``."""
 
     def __init__(self, source: VideoClips, entries: dict[int, tuple[Path, int]], skipped: dict[str, str]) -> None:
         super().__init__(source.name, source.videos, skipped, source.data, source.seed, source.frames)

@@ -351,7 +351,7 @@ class JsonLinesReader(Reader):
     """Lists in JSON Lines."""
 
     name = "jsonl"
-    description = "a file whose lines have a path and optionally a text (MSR-VTT and the like)"
+    description = "one JSON object per line, with a path and optionally a text (MSR-VTT and similar)"
 
     def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
         return path.is_file() and ".jsonl" in suffixes

@@ -29,7 +29,7 @@ from ca2vdm_cli.video_io import Frame, Size, open_reader, open_stream, read_erro
 from .records import parse_example
 
 SMALL = 16 * 2**20
-"""Largest file in bytes whose frames ``look`` counts if the file does not say how many it has."""
+"""Size limit in bytes: if a larger file does not say how many frames it has, ``look`` does not count them."""
 BAIR_SIDE = 64
 """Height and width of a BAIR robot pushing frame in pixels."""
 BAIR_KEYS = ("{}/image_aux1/encoded", "{}/image_main/encoded")

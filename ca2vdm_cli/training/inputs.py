@@ -104,7 +104,7 @@ def open_source(data: str | Path | ClipSource | None, config: Preset, seed: int,
     """Clips of a data set, of an object, or of the preset's synthetic data.
 
     Raises:
-        UsageError: no such data set, or an object whose clips don't fit the preset.
+        UsageError: no such data set, or the object's clips don't fit the preset.
     """
     if data is None or isinstance(data, (str, Path)):
         return open_clips(None if data is None else Path(data), config, seed, config.clip_frames)
@@ -139,7 +139,7 @@ def training_data(
     *,
     reuse: bool,
 ) -> TrainingData:
-    """The clips, as cached latents if asked for, with the autoencoder and the text encoder."""
+    """The clips (as cached latents if requested), the autoencoder and the text encoder."""
     accelerator, clips = machine.accelerator, source
     with accelerator.main_process_first():  # it trains and writes the autoencoder, the others read it
         reuse = reuse or not accelerator.is_main_process

@@ -85,7 +85,7 @@ def train(
         print(f"loss {result.loss:.3f} after {result.steps} steps")
         pipeline = ca2vdm_cli.Pipeline.load(result.folder)
 
-    An interrupt (Ctrl-C) takes effect after the current step, whose checkpoint can be resumed. Under ``accelerate
+    An interrupt (Ctrl-C) takes effect after the current step, with a checkpoint to resume from. Under ``accelerate
     launch`` or ``torchrun``, every process calls this function with the same arguments.
 
     Args:
@@ -99,7 +99,7 @@ def train(
             ``training.steps``.
         seed: seed of all randomness; by default 0, or the resumed run's.
         checkpoint: weights to start from (fine-tuning): a safetensors file, or a run's folder, which brings its preset.
-        widen: start from the weights made twice as wide, and train a model of twice the width.
+        widen: double the width of the starting weights, without changing what they compute, and train that model.
         teacher: weights or run of a trained model, to distill into one that needs few steps.
         resume: continue the run in ``out`` from its newest checkpoint, with its own settings, data and seed unless
             given here.

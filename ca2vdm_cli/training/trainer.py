@@ -210,7 +210,7 @@ def training_loop(
     """Train to the last step, saving and validating as often as the preset says, and at the end.
 
     A new run saves before its first step, so that it can be resumed from there. An interrupt takes effect after the
-    current step, whose result is saved. If a step fails (the gradient is not finite), nothing is saved.
+    current step, and that step is saved. If a step fails (the gradient is not finite), nothing is saved.
     """
     training, main = trainer.preset.training, trainer.accelerator.is_main_process
     with (

@@ -51,7 +51,7 @@ POLL_SECONDS = 0.1
 class VideoReader:
     """Iterates over the frames of a video, image, folder or archive once, in order: uint8 RGB (height, width, 3).
 
-    Made by ``open_reader``. The first frame is decoded at once, so a reader has at least one frame. A damaged or
+    Created by ``open_reader``. The first frame is decoded at once, so a reader has at least one frame. A damaged or
     truncated file gives the frames that can be decoded. Each frame is returned once, even if the frame rate varies. If
     the frame size changes midway, frames are resized to the size of the first.
 

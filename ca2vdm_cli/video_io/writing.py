@@ -55,7 +55,7 @@ class OutputFormat(str, Enum):
 
 
 class VideoWriter:
-    """Writes frames of one size to a file, a folder or standard output; made by ``open_writer``.
+    """Writes frames of one size to a file, a folder or standard output; created by ``open_writer``.
 
     Nothing is created before the first frame, so a run that fails earlier leaves no trace. A new file grows under its
     own name. An existing one is replaced when the writer is closed, so it may be the file that is being read. ``close``

@@ -185,7 +185,7 @@ def test_large_autoencoder_and_text_encoder_are_left_out(report: Callable[..., A
 def test_invalid_requests(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, line in (
         (["--context-frames", "20"], "context frames: 20 is more than the 9 of the model's position table"),
-        (["--sampler", "none"], "sampler: 'none' is none of"),
+        (["--sampler", "none"], "sampler: 'none' is not one of"),
         (
             ["--set", "model.temporal_positions=absolute", "--frames", "14"],
             "positions allow at most 13 frames",

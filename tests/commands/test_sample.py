@@ -293,7 +293,7 @@ def test_unknown_sampler(
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", diffusers)
     line = refused(2, "sample", "--preset", weights, *GENERATE, "--sampler", "nope")
-    assert "'nope' is none of ancestral, ddim, dpm++" in line
+    assert "'nope' is not one of ancestral, ddim, dpm++" in line
     assert expected in line
 
 
