@@ -515,7 +515,7 @@ def import_(
         Dtype, typer.Option(help="Data type of the written weights; auto keeps each tensor's own.")
     ] = Dtype.AUTO,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Accept missing tensors; they are initialised at random.")
+        bool, typer.Option("--partial", help="Accept missing tensors; they are initialized at random.")
     ] = False,
     set_: SetOption = None,
     overwrite: OverwriteOption = False,

@@ -1,6 +1,6 @@
 """Baselines that the benchmark compares the cache with. None of them is part of the method.
 
-All share the model's forward, the backend and the dtype, and every optimisation of the method except the cache:
+All share the model's forward, the backend and the dtype, and every optimization of the method except the cache:
 modulation once per frame, captions projected once, only keys and values of clean frames in the last block. All run with
 the causal model's weights, so ``bidirectional``, ``fixed-window`` and ``per-step-cache`` generate videos that differ
 from those of ``cached``, and only their costs are compared.

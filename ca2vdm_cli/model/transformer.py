@@ -186,7 +186,7 @@ class CausalVideoTransformer(nn.Module):
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def _initialize(self) -> None:
-        """All initialisation in one place. Branches that are added to a pretrained image model start at zero."""
+        """All initialization in one place. Branches that are added to a pretrained image model start at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

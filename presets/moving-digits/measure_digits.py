@@ -20,12 +20,12 @@ A frame is legible if it passes four rules:
 2. size: the blob's area lies within the real range of its class, widened by 15 %, and so do the height and the width of
    its bounding box, widened by 10 %;
 3. confidence: the classifier's confidence in its class is at least the real frames' 0.5th percentile minus 0.1;
-4. match: the glyph's normalised cross-correlation with a glyph of that class (the best of the preset's images and of
+4. match: the glyph's normalized cross-correlation with a glyph of that class (the best of the preset's images and of
    shifts up to 1 pixel in steps of a quarter) is at least the real frames' 0.5th percentile minus 0.05, so that a
    melted shape that happens to please the classifier does not count.
 
-Identity: a digit is recognised at a frame if at least 3 of the 5 frames around it (of the last 5 at the end) are of one
-class, confidently enough for rule 3. A video keeps its digit if the same digit is recognised at both ends.
+Identity: a digit is recognized at a frame if at least 3 of the 5 frames around it (of the last 5 at the end) are of one
+class, confidently enough for rule 3. A video keeps its digit if the same digit is recognized at both ends.
 
 Fréchet distance: between Gaussians fitted to the first 17 frames of 512 real sequences and to the first, or last, 17
 frames of the videos. Features of a frame: the classifier's 32 features of the glyph. Features of a frame difference:
@@ -222,7 +222,7 @@ class Sheet:
 
 
 def to_ink(frames: np.ndarray) -> Tensor:
-    """(N, H, W) uint8 -> float32 in [0, 1], with nearly black set to 0 so that a grey haze has no weight."""
+    """(N, H, W) uint8 -> float32 in [0, 1], with nearly black set to 0 so that a gray haze has no weight."""
     return ((torch.from_numpy(frames).float() / 255 - DARK) / (1 - DARK)).clamp(min=0)
 
 
@@ -339,7 +339,7 @@ def make_templates(images: Tensor) -> Tensor:
 
 
 def best_match(glyphs: Tensor, templates: Tensor) -> Tensor:
-    """Normalised cross-correlation of glyphs (N, G, G) with the best of their templates (N, G², any): (N,)."""
+    """Normalized cross-correlation of glyphs (N, G, G) with the best of their templates (N, G², any): (N,)."""
     return (unit(glyphs)[:, None] @ templates)[:, 0].max(1).values
 
 
@@ -414,7 +414,7 @@ class Look:
     confidence: np.ndarray
     """Its confidence, (T,)."""
     match: np.ndarray
-    """Best normalised cross-correlation with a real glyph of the class, (T,)."""
+    """Best normalized cross-correlation with a real glyph of the class, (T,)."""
     blobs: np.ndarray
     """Number of blobs; area, height and width of the largest: (T, 4)."""
     path: np.ndarray
@@ -430,9 +430,9 @@ class Result:
     rules: dict[str, np.ndarray]
     """Which frames pass each rule, (V, T)."""
     begin: list[int | None]
-    """The digit recognised at frame 16 of each video."""
+    """The digit recognized at frame 16 of each video."""
     end: list[int | None]
-    """The digit recognised at its end."""
+    """The digit recognized at its end."""
     distances: dict[str, tuple[float, float]]
     """Fréchet distances of the first and last frames, for frames and for differences."""
     speeds: np.ndarray
@@ -594,7 +594,7 @@ class Judge:
             "match": look.match >= self.least_match,
         }
 
-    def recognise(self, look: Look, frames: slice) -> int | None:
+    def recognize(self, look: Look, frames: slice) -> int | None:
         """The digit that most of the given frames show with confidence, or None."""
         sure = look.classes[frames][look.confidence[frames] >= self.least_confidence]
         votes = np.bincount(sure, minlength=10)
@@ -612,8 +612,8 @@ class Judge:
         low, high = self.speed_range
         return Result(
             rules={rule: np.stack([passed[rule] for passed in rules]) for rule in rules[0]},
-            begin=[self.recognise(look, middle) for look in looks],
-            end=[self.recognise(look, slice(-VOTES, None)) for look in looks],
+            begin=[self.recognize(look, middle) for look in looks],
+            end=[self.recognize(look, slice(-VOTES, None)) for look in looks],
             distances={kind: self.distances(looks, kind) for kind in KINDS},
             speeds=speeds,
             bounces=bounces,

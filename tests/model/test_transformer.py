@@ -1,4 +1,4 @@
-"""The network: which frames see each other, what its parts do, and how a new one is initialised.
+"""The network: which frames see each other, what its parts do, and how a new one is initialized.
 
 Window of 6 frames, chunks of 2 (see conftest.py). Shapes: latents (B, C, T, h, w).
 """
