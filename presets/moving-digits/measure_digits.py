@@ -4,15 +4,15 @@
     python presets/moving-digits/measure_digits.py --checkpoint runs/digits --frames 120 --videos 4 --sheet sheet.png
     python presets/moving-digits/measure_digits.py --real      # real sequences instead: meets every target
 
-Real sequences are ``MovingDigits`` of the preset, with other seeds, as uint8 like the generated ones. All thresholds
-come from one set of them; the column "real" is another set.
+Real sequences are the preset's ``MovingDigits`` with other seeds, as uint8 like the generated ones. All thresholds come
+from one set of them; the column "real" is another set.
 
-Ink is everything brighter than 10 % of white; the centre is its centre of mass. A glyph is the square of the size of a
-digit's image around the centre, resampled to 28×28 pixels, so that the position doesn't matter.
+Ink is everything brighter than 10 % of white; the centre is its centre of mass. A glyph is a square around the centre,
+as large as a digit's image and resampled to 28×28 pixels, so that the position doesn't matter.
 
-Classifier: a small CNN on glyphs, trained here within a minute from the seed. It learns from the images in digits.png
-that the preset does NOT use, rotated, scaled, sheared, shifted, brightened, blurred and made noisy, so it has never
-seen the digits that it judges. If its accuracy on real frames is below 98 %, nothing is measured.
+Classifier: a small CNN on glyphs, trained from the seed within a minute. It learns from the images in digits.png that
+the preset does NOT use, with random rotation, scale, shear, shift, brightness, blur and noise, so it has never seen the
+digits that it judges. If its accuracy on real frames is below 98 %, nothing is measured.
 
 A frame is legible if it passes four rules:
 1. count: there is one connected blob (8 neighbours) brighter than half of white; specks smaller than 5 % of the
@@ -24,22 +24,22 @@ A frame is legible if it passes four rules:
    shifts up to 1 pixel in steps of a quarter) is at least the real frames' 0.5th percentile minus 0.05, so that a
    melted shape that happens to please the classifier does not count.
 
-Identity: a digit is recognized at a frame if at least 3 of the 5 frames around it (of the last 5 at the end) are of one
-class, confidently enough for rule 3. A video keeps its digit if the same digit is recognized at both ends.
+Identity: a digit is recognized at a frame if at least 3 of the 5 frames around it (at the end, of the last 5) are of
+one class, with the confidence of rule 3. A video keeps its digit if the same digit is recognized at both ends.
 
 Fréchet distance: between Gaussians fitted to the first 17 frames of 512 real sequences and to the first, or last, 17
 frames of the videos. Features of a frame: the classifier's 32 features of the glyph. Features of a frame difference:
 the same 32, for the difference of two consecutive frames, divided by the mean speed and cut out around the centre of
-the earlier frame; each counts forward and backward, as real motion looks the same both ways, which removes some of the
-chance in 32 directions. Positions are left out: 32 of them say little about a distribution, and they are measured
-below. The distance of the last frames may be 1.25 times that of the first. For differences it may also be as large as
-the largest of 40 real sets of as many sequences: the directions of 32 digits are chance, and real sequences alone
-exceed 1.25 now and then. Classes are chance too, but the same at both ends of a video that keeps its digit.
+the earlier frame. Each difference counts forward and backward: real motion looks the same both ways, and this reduces
+the randomness of only 32 directions. Positions are not included: 32 of them say little about a distribution, and they
+are measured below. The distance of the last frames may be 1.25 times that of the first. For differences, it may also be
+as large as the largest of 40 real sets of the same size: the directions of 32 digits are random, and even real
+sequences sometimes exceed 1.25. Classes are random too, but the same at both ends of a video that keeps its digit.
 
-Speed: the distance of the centre between two frames 8 apart, except across a bounce. Bounce: the direction along an
-axis is reversed (slower than a quarter of the slowest speed counts as no direction); its position is the turning point.
-Real ranges: the 0.5th to 99.5th percentile of real values; for speeds extended to the preset's range and by 10 %, for
-bounces (at each border) by one pixel.
+Speed: the distance that the centre moves between two frames 8 apart, except across a bounce. Bounce: a reversal of
+direction along an axis (motion slower than a quarter of the slowest speed has no direction); its position is the
+turning point. Real ranges: the 0.5th to 99.5th percentile of real values, extended for speeds to the preset's range and
+by 10 %, for bounces (at each border) by one pixel.
 
 Shapes: V videos, T frames, N frames of any video, H height, W width, F features, G = 28 side of a glyph.
 """
@@ -99,7 +99,7 @@ SHEET_VIDEOS, SHEET_FRAMES = 8, 24
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, measure and report errors; returns the exit code."""
+    """Parse the flags, measure, and print errors; returns the exit code."""
     args = parse(arguments)
     try:
         return run(args)
@@ -127,7 +127,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse now what would otherwise fail after minutes.
+    """Reject flags that would otherwise fail after minutes.
 
     Raises:
         UsageError: an invalid flag.
@@ -392,7 +392,7 @@ def find_speeds(path: np.ndarray, slowest: float) -> np.ndarray:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Fréchet distance between Gaussians fitted to (any, F) and (any, F)."""
+    """Squared Fréchet distance between Gaussians fitted to two sets of features, (any, F) each."""
     a, b = (values.reshape(-1, values.shape[-1]).astype(np.float64) for values in (a, b))
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(cov_a)

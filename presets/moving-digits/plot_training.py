@@ -3,7 +3,7 @@
 python presets/moving-digits/plot_training.py runs/digits -o curve.png
 
 Steps with different numbers of trained frames get separate running means, since a clip's first chunk alone has a
-different loss than all of its chunks.
+different loss from all of its chunks.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from ca2vdm_cli.video_io import open_reader, open_writer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Cut or compare; the exit code is 1 if repeating the last frame is closer."""
+    """Cut or compare; returns the exit code, which is 1 if repeating the last frame is closer."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("video", help="the whole video")
     parser.add_argument("--hold-out", type=int, default=25, help="frames to hold out at its end")
