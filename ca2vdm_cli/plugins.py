@@ -303,7 +303,7 @@ def _is_ours(definition: Any) -> bool:
 
 
 def _failure(owner: str, what: str, error: BaseException) -> UserError:
-    return UserError(f"{owner} {what}: {one_line(error)}; repair or uninstall it")
+    return UserError(f"{owner} {what}: {one_line(error)}; fix or uninstall it")
 
 
 def one_line(error: BaseException) -> str:

@@ -298,7 +298,7 @@ def test_the_innermost_plugin_is_named(add_plugin: AddPlugin) -> None:
     with pytest.raises(KeyError) as error:
         plugins.backends["other"].attend(inner, inner, inner)
     failure = plugins.plugin_failure(error.value)
-    assert str(failure) == r"plug-in 'inner' of inner failed: KeyError: 'x\ny'; repair or uninstall it"
+    assert str(failure) == r"plug-in 'inner' of inner failed: KeyError: 'x\ny'; fix or uninstall it"
 
 
 def test_an_error_of_the_user_stays_as_it_is(add_plugin: AddPlugin, refused: Refused) -> None:

@@ -133,8 +133,8 @@ def _show(
         ["length", f"{report['frames']} frames, {report['hours']:.3g} hours"],
         [
             "clips",
-            f"{report['clips']} of {report['clip_frames']} frames side by side at stride {settings.stride}, "
-            f"{report['start_positions']} starts",
+            f"{report['clips']} of {report['clip_frames']} frames without overlap at stride {settings.stride}, "
+            f"{report['start_positions']} start positions",
         ],
         ["resolutions", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8))],
         ["frames per second", ", ".join(f"{rate} ({count})" for rate, count in rates.most_common(8))],

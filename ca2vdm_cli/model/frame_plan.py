@@ -56,7 +56,7 @@ class CachePlan(FramePlan):
     """
 
     slots: Tensor
-    """(T,) int64: the ring's slots that take the frames' keys and values."""
+    """(T,) int64: the ring's slots that receive the frames' keys and values."""
     spatial_source: Tensor
     """int64: which of the T frames are written to the spatial cache..."""
     spatial_slots: Tensor
