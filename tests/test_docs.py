@@ -273,7 +273,7 @@ def test_the_test_command_runs_the_tests() -> None:
     assert marked_block("test command").endswith(".venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest")
 
 
-def test_python_examples_compile_and_that_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_examples_compile_and_the_readme_s_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = [code for code in CODE if code.language == "python"]
     assert blocks
     for block in blocks:
