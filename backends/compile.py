@@ -24,7 +24,7 @@ class CompileBackend(SdpaBackend):
 
     name = "compile"
     description = "torch.compile on top of sdpa (needs a C++ compiler on a CPU; compiles during the first chunk)"
-    priority = 5  # below sdpa: a short run does not make up for the time spent compiling
+    priority = 5  # below sdpa: in a short run, compiling takes longer than it saves
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as PyTorch chooses it

@@ -15,10 +15,10 @@ from ca2vdm_backends.eager import EagerBackend
 FLASH_ATTN_HEAD = 256
 """Largest head size that flash-attn supports."""
 FEW_QUERIES = 16
-"""Up to so many queries, float32 attention on a CPU is faster without a fused kernel; with 33 it takes three times as
-long."""
+"""Up to this many queries, float32 attention on a CPU is faster without a fused kernel; with 33 queries, it takes three
+times as long."""
 BLOCK = 2**20
-"""Attention scores that bfloat16 matrix products compute at a time: 2 MiB, which fits a core's cache."""
+"""Number of attention scores that bfloat16 matrix products compute at a time: 2 MiB, which fits a core's cache."""
 
 
 def _flash_attn() -> Callable[..., Any] | None:
@@ -78,7 +78,7 @@ class SdpaBackend(EagerBackend):
     1.3 to 2.5 times as long as the products, block by block.
 
     If the flash-attn package is installed, unmasked half-precision attention uses it on the GPUs and head sizes that it
-    supports. The authors had no such GPU and have never run that path.
+    supports. That path has never been run, for lack of such a GPU.
     """
 
     name = "sdpa"

@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 on success (also if the reader of standard output went away), 1 if the run failed, 2 if the request was wrong,
-        130 on Ctrl-C.
+        0 on success (also if the reader of standard output went away), 1 if the run failed, 2 if the request was
+        invalid, 130 on Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -67,7 +67,7 @@ def _user_error(error: Exception) -> UserError:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch has an exception type for GPU memory only; on the CPU only the message tells."""
+    """PyTorch has an exception type for GPU memory only; on the CPU, only the message identifies the problem."""
     words = ("not enough memory", "can't allocate memory", "out of memory")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

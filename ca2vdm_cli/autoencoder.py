@@ -57,7 +57,7 @@ class Autoencoder(nn.Module):
 class ConvAutoencoder(Autoencoder):
     """A small autoencoder without full-resolution convolutions: pixels are folded into channels first.
 
-    It is local: normalisation is over the channels of one position, and padding repeats the border. When an object
+    It is local: normalization is over the channels of one position, and padding repeats the border. When an object
     moves by one latent pixel, its latents move along and nothing else changes (except at borders), which is easy for a
     diffusion model to learn; and crops suffice for training. Latents have mean 0 and standard deviation 1 per channel.
     """
@@ -116,7 +116,7 @@ class ConvAutoencoder(Autoencoder):
 class LowPassAutoencoder(ConvAutoencoder):
     """A fixed encoder that smooths and downsamples the frames, and a trained decoder that sharpens them.
 
-    Such latents change slowly as objects move, which is even easier for a diffusion model.
+    Such latents change slowly as objects move, which is even easier for a diffusion model to learn.
     """
 
     name = "lowpass"
@@ -146,7 +146,7 @@ class LowPass(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions of the normalised input, added to it. A new block is the identity."""
+    """Two convolutions of the normalized input, added to it. A new block is the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

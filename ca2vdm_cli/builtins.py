@@ -1,4 +1,4 @@
-"""The built-in entries, registered through the same hooks as those of plug-ins.
+"""The built-in entries, registered through the same hooks as plug-ins.
 
 They are ``Lazy``: their names are known at once, and their modules, which need torch, are imported on first use.
 """

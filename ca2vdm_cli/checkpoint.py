@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from .errors import UsageError, UserError, first_line
 
 WRAPPERS = ("ema", "model", "state_dict")
-"""Keys under which training programs nest a state dict."""
+"""Keys under which training scripts nest a state dict."""
 MAX_NESTING = 4
-"""How many of them may be nested."""
+"""How many levels of them may be nested."""
 UNUSED = frozenset({"bov_token"})
 """Entries of published checkpoints that the published model carries but never reads."""
 
@@ -106,18 +106,18 @@ def load_weights(
     for key in matched:
         if own[key].shape != weights[key].shape:
             raise UserError(
-                f"{source}: {key} has shape {tuple(weights[key].shape)}, the model wants {tuple(own[key].shape)}; "
+                f"{source}: {key} has shape {tuple(weights[key].shape)}, the model needs {tuple(own[key].shape)}; "
                 "choose the preset these weights were trained with"
             )
     if not matched or (missing and not partial):
         first = missing[0] if missing else next(iter(own), "")
         raise UserError(
-            f"{source}: {len(missing)} of {len(own)} tensors are missing, the first {first}; choose the "
+            f"{source}: {len(missing)} of {len(own)} tensors are missing, the first is {first}; choose the "
             "preset these weights were trained with"
         )
     if left_over and not extra:
         raise UserError(
-            f"{source}: {len(left_over)} tensors have no place in the model, the first {left_over[0]}; choose the "
+            f"{source}: {len(left_over)} tensors are not in the model, the first is {left_over[0]}; choose the "
             "preset these weights were trained with"
         )
     model.load_state_dict({key: weights[key] for key in matched}, strict=False)
@@ -127,8 +127,8 @@ def load_weights(
 def read_published(path: Path) -> dict[str, Tensor]:
     """The state dict of a published-format checkpoint: .safetensors, or .pt/.pth read with ``weights_only``.
 
-    The dict may be nested under ``ema``, ``model`` or ``state_dict`` (in this order of preference), and its keys may
-    start with ``module.``.
+    The state dict may be nested under ``ema``, ``model`` or ``state_dict`` (in this order of preference), and its keys
+    may start with ``module.``.
 
     Raises:
         UserError: it is not such a file, or reading it would require unpickling code.

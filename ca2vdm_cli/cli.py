@@ -56,10 +56,10 @@ CheckpointOption = Annotated[
 FramesOption = Annotated[
     int | None, typer.Option(min=1, help="Length in frames; there is no limit. Default: the preset's.")
 ]
-NumVideosOption = Annotated[int, typer.Option(min=1, help="Number of videos; each output gets a number.")]
+NumVideosOption = Annotated[int, typer.Option(min=1, help="Number of videos; their outputs are numbered.")]
 LARGEST_SEED = 2**63 - 1
 SeedOption = Annotated[
-    int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed. Its frames depend on neither length nor batch size.")
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed. Frames do not depend on length or batch size.")
 ]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk. Default: the preset's.")]
 SamplerOption = Annotated[
@@ -90,7 +90,7 @@ StrategyOption = Annotated[
 ]
 ContextOption = Annotated[int | None, typer.Option(min=1, help="Window in frames. Default: the preset's.")]
 PromptOption = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="What the video shows, for presets with a text encoder.")
+    str | None, typer.Option(metavar="TEXT", help="What the video should show, for presets with a text encoder.")
 ]
 GuidanceOption = Annotated[
     float | None, typer.Option(min=0, help="Guidance scale: how closely to follow the prompt. Default: the preset's.")
@@ -164,7 +164,7 @@ def sample(
 ) -> None:
     """Generate a video of any length.
 
-    It starts from nothing, or from a given first frame.
+    It starts from scratch, or from a given first frame.
     """
     from .commands.generate import OutputOptions, run_sample
 
@@ -204,7 +204,7 @@ def extend(
     frames: Annotated[int | None, typer.Option(min=1, help="Number of new frames. Default: the preset's.")] = None,
     only_new: Annotated[bool, typer.Option("--only-new", help="Write only the new frames, without the input.")] = False,
     aspect: Annotated[
-        Aspect, typer.Option(help="If the input's aspect ratio is not the model's: cut, add bars, or stretch.")
+        Aspect, typer.Option(help="If the input's aspect ratio is not the model's: crop, add bars, or stretch.")
     ] = Aspect.STRETCH,
     size: Annotated[
         str | None, typer.Option(metavar="WxH|model", help="Size of the output. Default: the input's.")
@@ -271,7 +271,7 @@ def train(
     ] = None,
     aspect: Annotated[
         Aspect | None,
-        typer.Option(help="How to fit videos of another shape: crop, add bars, or distort (default: stretch)."),
+        typer.Option(help="How to fit videos with another aspect ratio: crop, add bars, or stretch (default)."),
     ] = None,
     validation_data: Annotated[
         Path | None,
@@ -291,14 +291,15 @@ def train(
     ),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: the preset's.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights to start from (fine-tuning): a file, or a training run's folder.")
+        Path | None, typer.Option(help="Weights to start from (fine-tuning): a file, or the folder of a training run.")
     ] = None,
     widen: Annotated[
-        bool, typer.Option("--widen", help="Start from the weights made twice as wide, and train the wider model.")
+        bool,
+        typer.Option("--widen", help="Double the width of the starting weights, keeping their outputs, then train."),
     ] = False,
     distill: Annotated[
         Path | None,
-        typer.Option(metavar="WEIGHTS", help="A trained model or its run, to distill into few steps."),
+        typer.Option(metavar="WEIGHTS", help="Weights or run folder of a trained model, to distill into a few steps."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     seed: Annotated[
@@ -363,14 +364,14 @@ def bench(
         str | None,
         typer.Option(
             metavar="P,P,…",
-            help="Window of the video; one chunk is measured at each further one. Default: the preset's.",
+            help="Window of the video; if several, one chunk is measured at each of the others. Default: the preset's.",
         ),
     ] = None,
     fixed_window: Annotated[int | None, typer.Option(min=1, help="Window of fixed-window. Default: one chunk.")] = None,
     steps: StepsOption = None,
     sampler: SamplerOption = None,
     seed: SeedOption = 0,
-    repeat: Annotated[int, typer.Option(min=1, help="Generate the video this often; medians are over all.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="Generate the video this many times, and report medians.")] = 1,
     backend: Annotated[
         str, typer.Option(metavar="NAME,NAME,…", help="Backends to measure, one after another; see `ca2vdm backends`.")
     ] = "auto",
@@ -390,9 +391,9 @@ def bench(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure what the cache gains.
+    """Benchmark the cache against baselines.
 
-    All methods use the same weights, seed, backend and precision, and run in alternating order.
+    All methods use the same weights, seed, backend and dtype, and run in alternating order.
     """
     from .commands.bench import run
 
@@ -435,10 +436,10 @@ def plan(
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Estimate what a video will take before it is generated.
+    """Estimate the cost of a video before it is generated.
 
-    Cache, memory, operations and time, and the longest window that fits the cache budget. The time is estimated from
-    measuring this machine for about two seconds.
+    Reports cache size, memory, operations, time, and the longest window that fits the cache budget. Time is estimated
+    by measuring this machine for about two seconds.
     """
     from .commands.plan import run
 
@@ -476,13 +477,13 @@ def verify(
     seed: SeedOption = 0,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="float32 finds the subtlest faults.")] = Dtype.FLOAT32,
+    dtype: Annotated[Dtype, typer.Option(help="Data type; float32 reveals the smallest errors.")] = Dtype.FLOAT32,
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
     """Check that cached and recomputed frames are equal.
 
-    On your own weights, or on those of a recorded run. The exit code is 1 if they are not.
+    Uses your own weights, or those of a recorded run. The exit code is 1 if any frames differ.
     """
     from .commands.verify import run
 
@@ -514,7 +515,7 @@ def import_(
         Dtype, typer.Option(help="Data type of the written weights; auto keeps each tensor's own.")
     ] = Dtype.AUTO,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Accept missing tensors; they are initialised at random.")
+        bool, typer.Option("--partial", help="Accept missing tensors; they are initialized at random.")
     ] = False,
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
@@ -540,7 +541,7 @@ def import_(
 def backends(json: JsonOption = False, device: DeviceOption = "auto", dtype: DtypeOption = Dtype.AUTO) -> None:
     """List the backends and whether each is available.
 
-    If not, it says why.
+    If one is not, the reason is shown.
     """
     from .commands.catalog import list_backends
 
@@ -551,8 +552,8 @@ def backends(json: JsonOption = False, device: DeviceOption = "auto", dtype: Dty
 def plugins(json: JsonOption = False) -> None:
     """List everything that plug-ins can add.
 
-    Shows each backend, sampler, context, autoencoder, reader and metric, and who registered it. docs/plugins.md says
-    how to write a plug-in.
+    Shows each backend, sampler, context, autoencoder, reader and metric, and who registered it. docs/plugins.md
+    explains how to write a plug-in.
     """
     from .commands.catalog import list_plugins
 

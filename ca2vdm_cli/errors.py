@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A request that cannot be carried out: one line that says what, where, and what to do.
+    """A request that cannot be carried out: one line that says what is wrong, where, and what to do.
 
     Args:
         message: the line, without a final period.
-        exit_code: 1 for a run that failed, 2 for a request that was wrong before anything ran.
+        exit_code: 1 for a run that failed, 2 for a request that was invalid before anything ran.
     """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
@@ -20,14 +20,14 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """A wrong request: a bad value, a missing file, an impossible combination (exit code 2)."""
+    """An invalid request: a bad value, a missing file, an impossible combination (exit code 2)."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=2)
 
 
 def first_line(error: BaseException) -> str:
-    """Why something failed: the operating system's or the library's words, their first line; else the error's name."""
+    """Why something failed: the first line of the operating system's or library's message, or else the error's name."""
     text = getattr(error, "strerror", None) or getattr(error, "err", None) or str(error)
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
@@ -41,7 +41,7 @@ def as_user_error(failure: str, advice: str = "", errors: tuple[type[Exception],
     Args:
         failure: what failed, such as ``out.mp4: cannot be written``.
         advice: what to do about it.
-        errors: the errors to turn.
+        errors: the errors to convert.
     """
     try:
         yield

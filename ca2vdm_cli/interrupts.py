@@ -14,7 +14,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], bool]]:
     """Hold back an interrupt until the end of the block, where it raises ``KeyboardInterrupt``; a second one does so at
-    once. Yields a function that tells whether one is being held.
+    once. Yields a function that says whether one is being held.
 
     Ignored signals, such as SIGHUP under nohup, stay ignored. In threads other than the main one this does nothing,
     since Python handles signals in the main thread only.

@@ -18,7 +18,7 @@ from .presets import DEFAULT_PRESET, PRESET_FILE, LoadedPreset, load_preset
 def find_weights(
     preset: str | Path | None, checkpoint: str | Path | None, overrides: Sequence[str] = ()
 ) -> tuple[LoadedPreset, Path | None]:
-    """The preset and the weights file that a preset and a checkpoint together stand for.
+    """Resolve a preset and a checkpoint to the preset and weights file to use.
 
     Args:
         preset: name, file or folder; by default the ``preset.yaml`` beside the checkpoint, else the default preset.

@@ -1,4 +1,4 @@
-"""Choices that both the command line and the library know. Imports nothing, so that ``--help`` is instant."""
+"""Choices that the command line and the library share. Imports nothing, so that ``--help`` is instant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Dtype(str, Enum):
 
 
 class Aspect(str, Enum):
-    """How frames are fitted to a model whose aspect ratio is different."""
+    """How frames are fitted to a model with another aspect ratio."""
 
     CROP = "crop"
     """Keep the largest centred region that has the model's aspect ratio. The output shows only that region, in old and

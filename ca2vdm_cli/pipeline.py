@@ -69,7 +69,7 @@ class RunOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class VideoChunk:
-    """Finished frames, in order. The last chunk of a run is cut to size, so lengths differ."""
+    """Finished frames, in order. The last chunk of a run is cut to the requested length."""
 
     index: int
     """Number of the chunk, from 0."""
@@ -93,7 +93,7 @@ class Pipeline:
     Args:
         preset: the settings.
         model: the network.
-        autoencoder: between pixels and latents; None for latents only.
+        autoencoder: converts between pixels and latents; None to work on latents only.
         trained: whether the weights are trained ones.
     """
 
@@ -168,7 +168,7 @@ class Pipeline:
     def sample(
         self, frames: int, *, first_frame: Frames | None = None, **options: Unpack[RunOptions]
     ) -> Iterator[VideoChunk]:
-        """Generate videos from nothing, or from a given first frame.
+        """Generate videos from scratch, or from a given first frame.
 
         Args:
             frames: length in frames, including the given one; any number.
@@ -177,11 +177,12 @@ class Pipeline:
             options: see ``RunOptions``.
 
         Raises:
-            UsageError: a request that can't be met.
+            UsageError: the request can't be met.
         """
         if first_frame is None and not self.config.diffusion.unconditional_start:
             raise UsageError(
-                f"preset {self.preset.name}: these weights were not trained to start from nothing; give a first frame"
+                f"preset {self.preset.name}: these weights were not trained to start from an empty context; "
+                "give a first frame"
             )
         if first_frame is None:
             return self._run(frames, None, options)
@@ -219,7 +220,7 @@ class Pipeline:
     def _run(self, frames: int, given: Frames | None, options: RunOptions) -> Iterator[VideoChunk]:
         """Generate frames after the given ones (T, H, W, channels), which are the same for all videos.
 
-        The whole request is checked at once, so that a wrong one fails before the first chunk is asked for.
+        The whole request is checked at once, so that an invalid one fails before the first chunk is requested.
         """
         self._autoencoder()
         if unknown := sorted(options.keys() - RunOptions.__annotations__.keys()):
@@ -257,10 +258,10 @@ class Pipeline:
                 raise UsageError("guidance: there is no prompt to follow; give one")
             return caption or stored_caption(self.model, videos)
         if caption is not None:
-            raise UsageError("prompt: there is a caption already; leave out one of them")
+            raise UsageError("prompt: a caption is given too; leave out one of them")
         stored, config = self.model.unconditional_caption(videos), self.config
         if stored is None:
-            raise UsageError(f"preset {self.preset.name}: its model has no text; leave out the prompt")
+            raise UsageError(f"preset {self.preset.name}: its model takes no text; leave out the prompt")
         if config.text is None:
             raise UsageError(
                 f"preset {self.preset.name}: it names no text encoder; leave out the prompt, or set text.path"
@@ -313,7 +314,7 @@ class Pipeline:
 
     def _autoencoder(self) -> Autoencoder:
         if self.autoencoder is None:
-            raise UsageError(f"preset {self.preset.name}: it works on latents only and makes no pictures")
+            raise UsageError(f"preset {self.preset.name}: it works on latents only and produces no frames")
         return self.autoencoder
 
 
@@ -339,7 +340,7 @@ def check_finite(output: Tensor, frame: int, dtype: torch.dtype) -> None:
         dtype: the model's dtype.
 
     Raises:
-        UserError: it does.
+        UserError: it contains one.
     """
     if not output.isfinite().all():
         advice = "use other weights" if dtype is torch.float32 else "try dtype float32, or other weights"

@@ -1,4 +1,4 @@
-"""What plug-ins can add, one registry a kind: backends, samplers, contexts, autoencoders, readers and metrics.
+"""What plug-ins can add, one registry per kind: backends, samplers, contexts, autoencoders, readers and metrics.
 
 Built-in entries and those of plug-ins (entry-point group ``ca2vdm``) are registered through the same hooks, see
 ``hookspecs``. Python code can also register an entry directly: ``ca2vdm_cli.samplers.register(MySampler)``.
@@ -108,8 +108,8 @@ class Registry(Mapping[str, T], Generic[T]):
         """Raise an error with suggestions if there is no entry of this name.
 
         Args:
-            name: the name that was asked for.
-            setting: where it was asked for, such as ``data.format``: what the error begins with.
+            name: the requested name.
+            setting: the setting that named it, such as ``data.format``; the error begins with it.
 
         Raises:
             UsageError: no such entry.
@@ -281,7 +281,7 @@ def why_unavailable(backend: Backend, device: torch.device, dtype: torch.dtype) 
 def plugin_failure(error: BaseException) -> UserError | None:
     """The error to show when a plug-in raised ``error`` while it ran; None if no plug-in is involved.
 
-    The plug-in is the one whose package the innermost frame belongs to, among the frames of plug-ins.
+    If several plug-ins are on the call stack, the innermost one is named.
     """
     owners: dict[str, str] = {}
     if plugin_manager.cache_info().currsize:
@@ -303,7 +303,7 @@ def _is_ours(definition: Any) -> bool:
 
 
 def _failure(owner: str, what: str, error: BaseException) -> UserError:
-    return UserError(f"{owner} {what}: {one_line(error)}; repair or uninstall it")
+    return UserError(f"{owner} {what}: {one_line(error)}; fix or uninstall it")
 
 
 def one_line(error: BaseException) -> str:
@@ -314,7 +314,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def _blame(owner: str, what: str) -> Iterator[None]:
-    """Turn whatever a plug-in raises into one line that names it."""
+    """Turn any error that a plug-in raises into one line that names the plug-in."""
     try:
         yield
     except UserError:

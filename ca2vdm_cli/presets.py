@@ -1,7 +1,7 @@
 """Presets: YAML files with all settings that belong to one set of weights. Reads, checks, changes and writes them.
 
 A preset is identified by the name of a built-in one, by a YAML file, or by a folder with a ``preset.yaml``, such as the
-folder of a training run. Files that it names are beside it. Nothing in this module imports torch.
+folder of a training run. Files that it names lie beside it. Nothing in this module imports torch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .errors import UsageError, first_line
 from .plugins import Registry, autoencoders, metrics, readers
 
 DEFAULT_PRESET = "moving-digits"
-"""The preset of commands that are given none."""
+"""The preset that commands use by default."""
 PRESET_FILE = "preset.yaml"
-"""The preset's name in a folder of its own."""
+"""File name of a preset that has its own folder."""
 MAX_BYTES = 64 * 1024
 """Size limit of a preset; a larger file is not one."""
 
@@ -96,10 +96,10 @@ def preset_from_mapping(mapping: object, source: str = "preset") -> Preset:
 
     Args:
         mapping: sections and values, of plain types.
-        source: where they came from, for errors.
+        source: where they came from, for error messages.
 
     Raises:
-        UsageError: a setting is not valid; the line names the source, the key, its value and what is allowed.
+        UsageError: a setting is not valid; the message names the source, the key, its value and what is allowed.
     """
     try:
         # through JSON: strict about types, but accepts a name for an enum and a list for a tuple

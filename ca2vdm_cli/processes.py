@@ -40,12 +40,12 @@ def make_accelerator(device: str, precision: Precision, *, unused_parameters: bo
 
     Args:
         device: ``auto`` or a device's name; a launcher gives every process its own GPU.
-        precision: what to compute in.
+        precision: the dtype of matrix products.
         unused_parameters: whether some steps leave parameters without a gradient, which DDP then has to look for.
 
     Raises:
         UserError: accelerate is not installed.
-        UsageError: a device that accelerate can't be told to use.
+        UsageError: accelerate can't be made to use that device.
     """
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs

@@ -27,7 +27,7 @@ def resolve_device(name: str) -> torch.device:
         local_rank, gpus = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
         if not local_rank.isdecimal() or int(local_rank) >= gpus:
             raise UsageError(
-                f"LOCAL_RANK {local_rank}: this machine has {gpus} GPUs; launch no more processes than that"
+                f"LOCAL_RANK {local_rank}: this machine has {gpus} GPUs; launch at most that many processes"
             )
         return torch.device(f"cuda:{int(local_rank)}")
     try:

@@ -85,12 +85,12 @@ class ProgressBar:
     """A progress bar with frames per second and time left; hidden if quiet, or if standard error is not a terminal.
 
     Args:
-        description: what is going on.
+        description: text at the start of the line.
         total: number of small steps, which move the bar.
-        frames: number of frames, which are counted.
+        frames: total number of frames, shown beside the number of finished ones.
         quiet: hide the bar.
-        unit: what is counted.
-        begun: frames and small steps that an earlier run finished.
+        unit: what is counted, by default frames.
+        begun: number of frames and small steps that an earlier run finished.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class ProgressBar:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
 

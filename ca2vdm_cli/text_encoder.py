@@ -30,7 +30,7 @@ class TextEncoder:
     the number of processes, and only real tokens cost time.
 
     Args:
-        config: which encoder.
+        config: names the encoder.
         model: sets the largest number of tokens of a caption and the width of their embeddings.
         device: device of the encoder.
         dtype: dtype of the encoder's weights, float32 or bfloat16 (T5 overflows in float16).

@@ -1,4 +1,4 @@
-"""Shared by tests: running commands, and clips for them."""
+"""Helpers shared by tests: running commands, and clips for them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def batch(source: ClipSource, index: int, size: int, frames: int) -> Tensor:
 
 
 def gray(frames: list[Frame]) -> list[Frame]:
-    """A clip as a gray model sees it, in RGB."""
+    """A clip as a grayscale model sees it, in RGB."""
     return [to_channels(to_channels(frame, 1), 3) for frame in frames]
 
 

@@ -1,7 +1,7 @@
-"""Fixtures: small models, and what tests of the commands need.
+"""Fixtures: small models, and helpers for the commands' tests.
 
 All weights of ``make_model`` are random. In a newly built model the added branches and the last layer are zero, so a
-test would pass whatever the branches compute.
+test would pass no matter what these branches compute.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ca2vdm_cli.video_io import Frame
 
 
 def pytest_configure() -> None:
-    """Undo what the suite inherits if it is started in the background of a script, or under nohup: ignored signals.
+    """Reset the ignored signals that the suite inherits if it is started in the background of a script, or under nohup.
 
-    Child processes would inherit them, so tests that interrupt a child would wait for ever.
+    Child processes would inherit them, so tests that interrupt a child would wait forever.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""``docs/api.md`` is what the docstrings say now."""
+"""``docs/api.md`` matches the current docstrings."""
 
 from __future__ import annotations
 

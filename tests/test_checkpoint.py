@@ -99,7 +99,7 @@ def test_a_mismatch_names_the_tensor_and_both_shapes(weights: dict[str, Tensor],
     before = {key: value.clone() for key, value in model.state_dict().items()}
     weights["blocks.1.mlp.fc1.weight"] = torch.zeros(64, 32)
     message = refusal(lambda: load_weights(model, weights, "mine.pt"))
-    assert message.startswith("mine.pt: blocks.1.mlp.fc1.weight has shape (64, 32), the model wants (128, 32)")
+    assert message.startswith("mine.pt: blocks.1.mlp.fc1.weight has shape (64, 32), the model needs (128, 32)")
     assert_same(model.state_dict(), before)
 
 
@@ -110,9 +110,9 @@ def test_missing_and_left_over_keys_are_reported(weights: dict[str, Tensor], mak
         del weights[key]
     weights |= {"other.weight": torch.zeros(1), "bov_token": torch.zeros(1, 4)}
     message = refusal(lambda: load_weights(model, weights, "mine.pt"))
-    assert "2 of " in message and "tensors are missing, the first blocks.0.attn_cf.proj.weight" in message
+    assert "2 of " in message and "tensors are missing, the first is blocks.0.attn_cf.proj.weight" in message
     message = refusal(lambda: load_weights(model, weights, "mine.pt", partial=True))
-    assert "1 tensors have no place in the model, the first other.weight" in message
+    assert "1 tensors are not in the model, the first is other.weight" in message
     report = load_weights(model, weights, "mine.pt", partial=True, extra=True)
     assert report.missing == missing and set(report.matched) == set(model.state_dict()) - set(missing)
     assert report.left_over == ("other.weight",), "bov_token is in published checkpoints but never read"

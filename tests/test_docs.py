@@ -48,7 +48,7 @@ class Code:
     place: str
     """Page and line."""
     language: str
-    """Of a block; ``span`` for a span."""
+    """Language of a block; ``span`` for a span."""
     text: str
 
     @property
@@ -75,7 +75,7 @@ CODE = [code for page in PAGES for code in code_in(page)]
 
 
 def command_lines(code: Code) -> Iterator[list[str]]:
-    """The words of each simple command in shell code: pipelines and lists are split, here-documents left out."""
+    """The words of each simple command in shell code: pipelines and lists are split, and here-documents skipped."""
     text = re.sub(r"<<'(\w+)'\n.*?\n\1\n", "\n", code.text, flags=re.DOTALL).replace("\\\n", " ")
     for line in text.splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -116,7 +116,7 @@ COMMANDS = list(commands())
 
 
 def parse_error(arguments: list[str]) -> str:
-    """Parse a command line without running it; what is wrong with it, if anything."""
+    """Parse a command line without running it; returns what is wrong with it, if anything."""
 
     def strip(command: Any) -> None:
         command.callback = None
@@ -176,7 +176,7 @@ SETTINGS = [(place, arguments) for place, arguments in COMMANDS if overrides_in(
 
 @pytest.mark.parametrize(("place", "arguments"), SETTINGS, ids=[f"{place} {' '.join(a)}" for place, a in SETTINGS])
 def test_settings_of_commands_are_valid(place: str, arguments: list[str]) -> None:
-    """Key and value of each ``--set``, in the command's preset or else in the default one."""
+    """Key and value of each ``--set`` are valid, in the command's preset or else in the default one."""
     preset = arguments[arguments.index("--preset") + 1] if "--preset" in arguments else ""
     try:
         load_preset(preset if preset in preset_names() else "moving-digits", overrides_in(arguments))
@@ -236,7 +236,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?:|mailto:", link):

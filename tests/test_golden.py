@@ -108,7 +108,8 @@ def test_traced_bfloat16() -> None:
 @compiles
 @pytest.mark.usefixtures("traced")
 def test_nothing_is_compiled_after_the_first_chunk() -> None:
-    """Nor when the window slides and the ring wraps, nor for another video, even one that starts from nothing."""
+    """Neither when the window slides and the ring wraps, nor for another video, even one that starts from an empty
+    context."""
     run = RecordedRun(GOLDEN / "cyclic_prev2.safetensors")
     model, config = run.model(backends["compile"], CPU, torch.float32), run.config
 

@@ -1,7 +1,7 @@
 """Imports run one way, between packages and inside each of them.
 
-The table says what each package or module at the top level may import of this project; nothing else passes. Imports
-inside functions count, and so do those for the type checker only.
+The table says what each top-level package or module may import from this project; any other import fails. Imports
+inside functions count, and so do those that only the type checker sees.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GENERATE = METHOD | {"generate", "runtime"}
 VIDEO = BASE | {"interrupts", "options", "video_io", "video_codec", "data", "checkpoint", "plugins"}
 PIPELINE = GENERATE | VIDEO | {"presets", "loading", "autoencoder", "text_encoder", "pipeline"}
 
-# What each package (or module at the top level) may import, itself aside.
+# What each package (or top-level module) may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "lazy": set(),
@@ -75,7 +75,7 @@ def imported(tree: ast.AST, package: list[str]) -> Iterator[str]:
 
 
 def used(path: Path, package: str) -> Iterator[tuple[str, list[str]]]:
-    """What a file imports of the project: the top-level package, and the dotted rest."""
+    """What a file imports from the project: the top-level package, and the dotted rest."""
     inside = [package, *path.parent.relative_to(ROOT / FOLDERS[package]).parts]
     for name in imported(ast.parse(path.read_text(encoding="utf-8")), inside):
         top, *rest = name.split(".")
@@ -84,7 +84,7 @@ def used(path: Path, package: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def place(rest: list[str]) -> str:
-    """The package or module at the top level of ca2vdm_cli that an import reaches."""
+    """The top-level package or module of ca2vdm_cli that an import refers to."""
     folder = ROOT / "ca2vdm_cli"
     known = bool(rest) and ((folder / f"{rest[0]}.py").exists() or (folder / rest[0]).is_dir())
     return rest[0] if known else "__init__"
@@ -113,7 +113,7 @@ def test_presets_are_data() -> None:
     assert not list((ROOT / "presets").glob("*/__init__.py"))
 
 
-def test_imports_are_read_right() -> None:
+def test_imports_are_read_correctly() -> None:
     code = """
 import a.b
 from . import c
@@ -132,7 +132,7 @@ def function():
 
 
 def cycle(graph: dict[str, set[str]]) -> set[str]:
-    """Nodes on a cycle, or that lead to one; empty if there is none."""
+    """Nodes on a cycle or leading to one; empty if there is no cycle."""
     left = {node: set(needs) - {node} for node, needs in graph.items()}
     while ready := {node for node, needs in left.items() if not needs & left.keys()}:
         left = {node: needs for node, needs in left.items() if node not in ready}

@@ -13,7 +13,7 @@ from ca2vdm_cli.interrupts import NUMBERS, held_interrupts
 
 @pytest.fixture(autouse=True)
 def no_signal_is_ignored() -> Iterator[None]:
-    """Not even SIGHUP, which nohup ignores."""
+    """No signal is ignored, not even SIGHUP, which nohup makes processes ignore."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in NUMBERS}
     yield
     for number, handler in before.items():

@@ -23,7 +23,7 @@ CHUNK, WINDOW = 4, 9  # of the tiny preset
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny preset after three large training steps, so that its videos depend on the context."""
+    """The tiny preset after three steps at a high learning rate, so that its videos depend on the context."""
     folder = tmp_path_factory.mktemp("trained") / "weights"
     settings = ["--set", "training.learning_rate=0.03", "--set", "training.autoencoder_steps=2"]
     flags = ["--device", "cpu", "--backend", "eager", "--quiet", *settings]
@@ -51,7 +51,7 @@ def apart(frames: np.ndarray, others: np.ndarray) -> int:
     return int(np.abs(frames.astype(int) - others).max())
 
 
-def test_what_the_package_offers() -> None:
+def test_public_names() -> None:
     assert ca2vdm_cli.Pipeline is Pipeline
     assert {"Pipeline", "RunOptions", "VideoChunk", "UserError", "load_preset", "backends"} <= set(dir(ca2vdm_cli))
     assert all(hasattr(ca2vdm_cli, name) for name in ca2vdm_cli.__all__)
@@ -211,7 +211,7 @@ def test_entries_registered_in_python_are_used(pipeline: Pipeline, weights: Path
 
 
 def test_names_that_are_not_registered_are_refused(pipeline: Pipeline, weights: Path) -> None:
-    with pytest.raises(UsageError, match="sampler: 'mine' is none of"):
+    with pytest.raises(UsageError, match="sampler: 'mine' is not one of"):
         pipeline.sample(4, sampler="mine")
     with pytest.raises(UsageError, match="strategy: there is no context 'mine'; known: cached"):
         pipeline.sample(4, strategy="mine")
@@ -233,7 +233,7 @@ WRONG: list[tuple[Callable[[Pipeline, np.ndarray], object], str]] = [
 
 
 @pytest.mark.parametrize(("ask", "expected"), WRONG, ids=range(len(WRONG)))
-def test_wrong_request_fails_before_the_first_chunk(
+def test_an_invalid_request_fails_before_the_first_chunk(
     pipeline: Pipeline, given: np.ndarray, ask: Callable[[Pipeline, np.ndarray], object], expected: str
 ) -> None:
     with pytest.raises(UsageError, match=expected):
@@ -252,7 +252,7 @@ def test_absolute_positions_limit_the_length(weights: Path) -> None:
     settings = ["model.temporal_positions=absolute", "sampling.steps=1"]
     pipeline = Pipeline.load(weights, overrides=settings, **CPU)
     assert joined(list(pipeline.sample(12))).shape[1] == 12
-    with pytest.raises(UsageError, match="absolute positions end after 13 frames, made in whole chunks of 4"):
+    with pytest.raises(UsageError, match="absolute positions allow at most 13 frames in whole chunks of 4"):
         pipeline.sample(13)
 
 
@@ -261,7 +261,7 @@ def test_preset_without_weights() -> None:
         Pipeline.load("tiny", **CPU)
     pipeline = Pipeline.load("bench-small", random_weights=True, overrides=["model.depth=1"], **CPU)
     assert not pipeline.trained
-    with pytest.raises(UsageError, match="works on latents only and makes no pictures"):
+    with pytest.raises(UsageError, match="works on latents only and produces no frames"):
         pipeline.sample(4)
 
 

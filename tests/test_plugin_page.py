@@ -82,7 +82,7 @@ def test_an_example_that_fails_while_it_runs_is_named(
     add_plugin("example", broken)
     options = ["--preset", weights, "--steps", 3, "-o", "out.npz", "--overwrite"] if "sample" in command else TINY
     line = refused(1, *command.split(), *options)
-    assert line == f"error: {OWNER} failed: ZeroDivisionError: division by zero; repair or uninstall it"
+    assert line == f"error: {OWNER} failed: ZeroDivisionError: division by zero; fix or uninstall it"
     with pytest.raises(ZeroDivisionError):
         ca2vdm(*command.split(), *options, "--debug")
 

@@ -1,4 +1,4 @@
-"""Registries: built-in entries, those of plug-ins and of Python code, and what happens when a plug-in is wrong."""
+"""Registries: entries that are built in or come from plug-ins or Python code, and how faulty plug-ins are reported."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def backend_source(
 
 
 def test_builtin_backends(fresh_plugins: None) -> None:
-    found = plugins.backends
-    assert {"eager", "sdpa", "compile"} <= set(found)
-    assert all(found[name].name == name and found[name].description for name in found)
-    assert plugins.choose_backend("eager", CPU, torch.float32) is found["eager"]
+    backends = plugins.backends
+    assert {"eager", "sdpa", "compile"} <= set(backends)
+    assert all(backends[name].name == name and backends[name].description for name in backends)
+    assert plugins.choose_backend("eager", CPU, torch.float32) is backends["eager"]
 
 
 def test_auto_takes_the_available_backend_of_highest_priority(
     monkeypatch: pytest.MonkeyPatch, fresh_plugins: None
 ) -> None:
-    found = plugins.backends
-    monkeypatch.setattr(found["compile"], "unavailable", lambda device, dtype: "no compiler here")
-    best = max((b for name, b in found.items() if name != "compile"), key=lambda backend: backend.priority)
+    backends = plugins.backends
+    monkeypatch.setattr(backends["compile"], "unavailable", lambda device, dtype: "no compiler here")
+    best = max((b for name, b in backends.items() if name != "compile"), key=lambda backend: backend.priority)
     assert plugins.choose_backend("auto", CPU, torch.float32) is best
     with pytest.raises(UsageError, match=r"compile is unavailable on cpu in bfloat16: no compiler here"):
         plugins.choose_backend("compile", CPU, torch.bfloat16)
@@ -66,15 +66,15 @@ def test_a_backend_whose_check_fails_is_unavailable(monkeypatch: pytest.MonkeyPa
     def check(device: torch.device, dtype: torch.dtype) -> str | None:
         raise ImportError("libnothing.so:\nno such file")
 
-    found = plugins.backends
-    monkeypatch.setattr(found["sdpa"], "unavailable", check)
-    monkeypatch.setattr(found["sdpa"], "priority", 1000)
-    assert plugins.choose_backend("auto", CPU, torch.float32) is not found["sdpa"]
+    backends = plugins.backends
+    monkeypatch.setattr(backends["sdpa"], "unavailable", check)
+    monkeypatch.setattr(backends["sdpa"], "priority", 1000)
+    assert plugins.choose_backend("auto", CPU, torch.float32) is not backends["sdpa"]
     with pytest.raises(UsageError, match=r"sdpa is unavailable on cpu in float32: ImportError: libnothing.so: no such"):
         plugins.choose_backend("sdpa", CPU, torch.float32)
 
 
-def test_compile_needs_the_compiler_that_pytorch_would_take(
+def test_compile_needs_the_compiler_that_pytorch_would_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_plugins: None
 ) -> None:
     check = plugins.backends["compile"].unavailable
@@ -280,7 +280,7 @@ def test_a_misspelt_name(fresh_plugins: None) -> None:
 # Errors while a plug-in runs; test_plugin_page.py has one for every kind
 
 
-def test_an_error_elsewhere_is_no_plugins_fault(add_plugin: AddPlugin) -> None:
+def test_an_error_elsewhere_is_not_blamed_on_a_plugin(add_plugin: AddPlugin) -> None:
     add_plugin("good", backend_source())
     backend = plugins.backends["other"]
     assert torch.equal(backend.attend(*torch.zeros(3, 1)), torch.zeros(1))
@@ -298,7 +298,7 @@ def test_the_innermost_plugin_is_named(add_plugin: AddPlugin) -> None:
     with pytest.raises(KeyError) as error:
         plugins.backends["other"].attend(inner, inner, inner)
     failure = plugins.plugin_failure(error.value)
-    assert str(failure) == r"plug-in 'inner' of inner failed: KeyError: 'x\ny'; repair or uninstall it"
+    assert str(failure) == r"plug-in 'inner' of inner failed: KeyError: 'x\ny'; fix or uninstall it"
 
 
 def test_an_error_of_the_user_stays_as_it_is(add_plugin: AddPlugin, refused: Refused) -> None:

@@ -30,7 +30,7 @@ model: {depth: 2, hidden_size: 48, num_heads: 4, latent_height: 8, latent_width:
 
 
 def refusal(name: str | Path, *overrides: str) -> str:
-    """The error that loading a preset ends in, which is one line and a usage error."""
+    """The error of loading a preset, which must be a usage error of one line."""
     with pytest.raises(UsageError) as error:
         load_preset(name, overrides)
     assert "\n" not in str(error.value)
@@ -55,7 +55,7 @@ def test_shipped_presets_are_valid() -> None:
         assert loaded.config.description
 
 
-def test_paper_preset_is_the_papers() -> None:
+def test_the_papers_preset_has_the_papers_settings() -> None:
     config = load_preset("ca2-vdm-xl").config
     model = config.model
     assert (model.depth, model.hidden_size, model.num_heads, model.tokens_per_frame) == (28, 1152, 16, 256)
@@ -125,7 +125,7 @@ def test_refused_overrides(override: str, expected: str) -> None:
     assert expected in refusal("tiny", override)
 
 
-# What a file may hold
+# What a file may contain
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_importing_presets_leaves_torch_out() -> None:
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1]).returncode == 0
 
 
-def test_what_training_asks_of_a_clip() -> None:
+def test_lengths_of_training_clips() -> None:
     def config(*overrides: str) -> Preset:
         return load_preset("tiny", ["training.prefix_lengths=", *overrides]).config
 
@@ -237,8 +237,8 @@ def test_what_training_asks_of_a_clip() -> None:
     assert (config().clip_frames, config().chunks(5)) == (13, 1)
     assert config(parallel).prefixes == (0,) and config(start, parallel).prefixes == (1,)
     for overrides, frames, chunks in (((parallel,), 16, 4), ((parallel, start), 13, 3)):  # the last after a full window
-        found = config(*overrides)
-        assert (found.clip_frames, found.chunks(found.prefixes[0])) == (frames, chunks)
+        settings = config(*overrides)
+        assert (settings.clip_frames, settings.chunks(settings.prefixes[0])) == (frames, chunks)
     absolute = "model.temporal_positions=absolute"  # 13 of them
     assert config(parallel, absolute).clip_frames == 12 and config(parallel, absolute, start).clip_frames == 13
     with pytest.raises(UsageError, match="must be at least 5, a whole chunk"):

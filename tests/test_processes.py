@@ -156,13 +156,13 @@ def test_two_processes_train_as_one_does(tmp_path: Path, autoencoder: list[str])
 
 
 def test_two_processes_share_weights_by_fsdp(tmp_path: Path, autoencoder: list[str]) -> None:
-    """Including text and rollouts, which use weights outside ``forward``; continues a run of one process."""
+    """With text and rollouts, which use weights outside ``forward``; the run continues that of one process."""
     driver = tmp_path / "driver.py"
     driver.write_text(FSDP_DRIVER)
     options = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     settings = ["model.text_channels=16", "model.text_tokens=6", "training.parallel_chunks=true"]
     settings += ["training.prefix_lengths=[0]", "training.rollout_share=0.7", "training.rollout_steps=2"]
-    settings += ["training.learning_rate=3e-3"]  # so that branches that start at zero soon aren't
+    settings += ["training.learning_rate=3e-3"]  # so that branches that start at zero soon are not zero
     command = [*TRAIN, *SETTINGS, *autoencoder, *(part for setting in settings for part in ("--set", setting))]
     keep = ["--set", "training.keep_checkpoints=4"]
     assert run(*command, *keep, "--steps", "4", "--out", str(tmp_path / "one")) == 0
@@ -187,7 +187,8 @@ def test_two_processes_share_weights_by_fsdp(tmp_path: Path, autoencoder: list[s
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: list[str]) -> None:
-    """It has the losses of one process, resumes exactly, and either kind of run can resume the other's."""
+    """Losses equal those of one process, resuming is exact, and runs with and without DeepSpeed can resume each
+    other."""
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}))
     options = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
     options |= {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
@@ -208,14 +209,14 @@ def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: l
         train(name, *resume, by_deepspeed=then)
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for file in (WEIGHTS_FILE, STATE_FILE):
-        found = {
+        weights = {
             name: load_tensors(tmp_path / name / "checkpoints" / "step-00000004" / file)[0]
             for name in ("one", "whole", "parts", "from", "to")
         }
-        assert all(torch.equal(value, found["whole"][key]) for key, value in found["parts"].items())
-        for tensors in found.values():
-            assert tensors.keys() == found["one"].keys()
-            assert all(torch.allclose(value, found["one"][key], atol=1e-5) for key, value in tensors.items())
+        assert all(torch.equal(value, weights["whole"][key]) for key, value in weights["parts"].items())
+        for tensors in weights.values():
+            assert tensors.keys() == weights["one"].keys()
+            assert all(torch.allclose(value, weights["one"][key], atol=1e-5) for key, value in tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: l
         ({"zero_optimization": {}}, "DeepSpeed: ZeRO stage None is not supported"),
         ({"optimizer": {"type": "Adam"}}, "DeepSpeed: the preset sets the optimizer"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "DeepSpeed: offload_optimizer"),
-        ({}, "DeepSpeed: it does not support muon; set training.optimizer=adamw"),
+        ({}, "DeepSpeed: it does not support the optimizer muon; set training.optimizer=adamw"),
     ],
 )
 def test_unsupported_settings_of_deepspeed(settings: dict[str, Any], expected: str) -> None:

@@ -69,5 +69,5 @@ def test_every_process_gets_its_own_gpu(rank: str, device: str | None, monkeypat
     if device is not None:
         assert resolve_device("auto") == torch.device(device)
         return
-    with pytest.raises(UsageError, match="this machine has 2 GPUs; launch no more processes"):
+    with pytest.raises(UsageError, match="this machine has 2 GPUs; launch at most that many processes"):
         resolve_device("auto")

@@ -1,6 +1,6 @@
 """Text: embeddings of captions and prompts, training on captions, and videos from prompts.
 
-The encoder is a tiny T5 of random weights (``t5`` in conftest.py); a caption has 6 tokens at most. Shapes: embeddings
+The encoder is a tiny T5 with random weights (``t5`` in conftest.py); a caption has at most 6 tokens. Shapes: embeddings
 (B, M, E), masks (B, M).
 """
 
@@ -55,7 +55,7 @@ def encoder(t5: Path, config: ModelConfig) -> TextEncoder:
 
 
 def stored(captions: int) -> tuple[Tensor, Tensor]:
-    """An unconditional caption that is easy to recognise."""
+    """An unconditional caption that is easy to recognize."""
     return torch.full((captions, TOKENS, CHANNELS), 7.0), torch.ones(captions, TOKENS, dtype=torch.bool)
 
 
@@ -144,13 +144,13 @@ def test_missing_weights_are_refused(t5: Path, tmp_path: Path, config: ModelConf
 def test_an_encoder_that_does_not_fit_is_refused(t5: Path, make_config: Callable[..., ModelConfig]) -> None:
     with pytest.raises(UserError, match=r"model.text_channels: 8 does not fit the text encoder .*, which has 16"):
         TextEncoder(TextConfig(str(t5)), make_config(text_channels=8, text_tokens=TOKENS), CPU)
-    with pytest.raises(UsageError, match=r"text: needs a model with text; set model\.text_channels"):
+    with pytest.raises(UsageError, match=r"text: needs a text-conditioned model; set model\.text_channels"):
         load_preset("tiny", [f"text.path={t5}"])
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 class Shades:
-    """Clips of one shade each, with captions that name it."""
+    """Clips that each have a single shade, with captions that name it."""
 
     def __init__(self, captions: Sequence[str | None] = ("a white square", "a black square")) -> None:
         self.captions = captions
@@ -361,7 +361,7 @@ def test_an_impossible_prompt_is_refused(
 def test_a_prompt_for_a_model_without_text_is_refused() -> None:
     preset = load_preset("tiny")
     pipeline = Pipeline(preset, CausalVideoTransformer(preset.config.model, backends["eager"]), Shrink(), trained=True)
-    with pytest.raises(UsageError, match="preset tiny: its model has no text; leave out the prompt"):
+    with pytest.raises(UsageError, match="preset tiny: its model takes no text; leave out the prompt"):
         pipeline.sample(4, prompt="a square")
 
 

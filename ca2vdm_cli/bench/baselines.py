@@ -1,9 +1,9 @@
 """Baselines that the benchmark compares the cache with. None of them is part of the method.
 
-All share the model's forward, the backend and the dtype, and every optimisation of the method except the cache:
+All share the model's forward, the backend and the dtype, and every optimization of the method except the cache:
 modulation once per frame, captions projected once, only keys and values of clean frames in the last block. All run with
-the causal model's weights, so ``bidirectional``, ``fixed-window`` and ``per-step-cache`` generate other videos than
-``cached``, and only their costs are compared.
+the causal model's weights, so ``bidirectional``, ``fixed-window`` and ``per-step-cache`` generate videos that differ
+from those of ``cached``, and only their costs are compared.
 
 Shape letters: B videos, C channels, L frames of a chunk, h, w latent size, K frames of the spatial prefix, N denoising
 steps.
@@ -32,7 +32,7 @@ def fixed_window(model: CausalVideoTransformer, context_frames: int | None = Non
 
 
 class ExtendableWindow(TemporalWindow):
-    """No window: a chunk sees every frame before it.
+    """No limit: a chunk sees every frame before it.
 
     Positions wrap as the model's do. The weights were not trained for that beyond the window, but the cost is the same.
     """
@@ -93,7 +93,7 @@ class PerStepCachedContext(Context):
     """N caches: denoising step i reads the keys and values that step i of earlier chunks computed.
 
     They are by-products of denoising, so there are no cache writes. After a step the chunk's temporal keys and values
-    are in the ring anyway. Noisy frames don't need their own spatial keys and values, so these are computed in
+    are in the ring anyway. Noisy frames don't need spatial keys and values themselves, so these are computed in
     addition, for the last K frames of the chunk. Given frames are written clean to all N caches.
 
     Args:
@@ -103,7 +103,7 @@ class PerStepCachedContext(Context):
     """
 
     name = "per-step-cache"
-    description = "keys and values from a separate cache for every step, as Live2Diff keeps (arXiv 2407.08701)"
+    description = "keys and values from a separate cache for every step, as in Live2Diff (arXiv 2407.08701)"
     caches = True
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The benchmark: ``cached`` and its baselines on the same weights, seed, backend and precision, taking turns."""
+"""The benchmark: ``cached`` and its baselines on the same weights, seed, backend and dtype, taking turns."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from .scaling import Curve
 from .verify import tolerance
 
 WARM_UP = 2
-"""Chunks that never count as steady: the second one's cache write is the first of its shape."""
+"""Chunks that never count as steady state: the second chunk's cache write is the first of its shape."""
 FLOPS_TOLERANCE = 0.01
 """Largest relative difference between counted operations and the formula."""
 
@@ -56,7 +56,7 @@ class Settings:
     frames: int | None = None
     """Length of the video; see ``whole_chunks``."""
     context_frames: tuple[int, ...] = ()
-    """Windows: the first is the video's, by default the preset's; at each further one, one chunk is measured."""
+    """Windows: the first is the video's (by default the preset's); at each of the others, one chunk is measured."""
     fixed_frames: int | None = None
     """Window of ``fixed-window``."""
     steps: int | None = None
@@ -66,14 +66,14 @@ class Settings:
     seed: int = 0
     """Seed of all randomness."""
     repeat: int = 1
-    """How often the whole video is generated."""
+    """How many times the whole video is generated."""
 
 
 OnChunk = Callable[[ChunkComparison], None]
 
 
 def whole_chunks(pipeline: Pipeline, frames: int | None, context_frames: int | None = None) -> int:
-    """Chunks in ``frames`` frames; by default up to two chunks past the window, as far as positions allow."""
+    """Whole chunks in ``frames`` frames; by default up to two chunks past the window, as far as positions allow."""
     window = TemporalWindow(pipeline.config.model, context_frames)
     if frames is not None:
         return math.ceil(frames / window.chunk_frames)
@@ -127,7 +127,7 @@ def environment(pipeline: Pipeline) -> Environment:
 def run_bench(pipeline: Pipeline, settings: Settings, on_chunk: OnChunk = lambda chunk: None) -> BackendRun:
     """Measure all methods on the pipeline's backend.
 
-    The steady state is every chunk for which ``cached`` sees a full window, the first ``WARM_UP`` chunks excepted.
+    The steady state is every chunk for which ``cached`` sees a full window, except the first ``WARM_UP`` chunks.
     Seconds per chunk are those of the network's denoising steps and of the cache write, which only ``cached`` has. Peak
     memory is the sum of weights, context, and the highest rise in an untimed step or cache write.
 
@@ -182,7 +182,7 @@ def _check_memory(pipeline: Pipeline, settings: Settings, window: int) -> None:
 
 @dataclass(frozen=True)
 class _Formulas:
-    """Operations and cache size of a method; None if unknown, as for a context of the user's own."""
+    """Operations and cache size of a method; None if unknown, as for a user's own context."""
 
     step_flops: Callable[[int], int] | None = None
     """From the number of frames that a chunk sees."""
@@ -196,8 +196,8 @@ class _Evaluation:
     Args:
         window: the video's.
         repeats: its chunks, for each repeat.
-        video: the last repeat, whose contexts are measured further.
-        product: as measured so far.
+        video: the last repeat; its contexts are measured further.
+        product: the machine's matrix product, as measured so far.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ def cache_bytes(
         config: the model's sizes.
         context_frames: window in frames.
         itemsize: bytes per element.
-        sink_frames: by default the model's.
+        sink_frames: first frames that are never evicted; by default the model's.
         slid: whether the window has slid; rope sinks' keys are then kept as first written too.
     """
     sinks = config.sink_frames if sink_frames is None else sink_frames
@@ -69,7 +69,7 @@ def largest_window(config: ModelConfig, budget: int, itemsize: int) -> int:
 
 
 def _prefix(config: ModelConfig, clean: int | None) -> int:
-    """Frames that prefix-enhanced attention looks at: all slots of the cache, or those it sees of ``clean`` frames."""
+    """Frames that prefix-enhanced attention looks at: all slots of the cache, or as many as ``clean`` frames fill."""
     return config.spatial_slots if clean is None else min(config.spatial_slots, clean)
 
 

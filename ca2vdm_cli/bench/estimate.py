@@ -1,4 +1,4 @@
-"""Estimates of what a video will take before it is generated: cache, memory, operations and time.
+"""Estimates of a video's cost before it is generated: cache, memory, operations and time.
 
 The sizes of the cache and the numbers of operations come from formulas; the memory of a forward from a simulation with
 fake tensors, which have shapes but no data. Time is measured for about two seconds on a model of the same width and
@@ -42,7 +42,7 @@ from .costs import cache_bytes, largest_window, step_flops, write_flops
 from .lockstep import first_frame, timed
 
 MEASURE_SECONDS = 2.0
-"""About how long the machine is measured."""
+"""Roughly how long the machine is measured."""
 HEAP = 1.5
 """Memory of a forward on a CPU, as a multiple of the tensors alive at a time: the system's allocator keeps fragments of
 freed memory. Measured: 1.1 to 2.3."""
@@ -60,7 +60,7 @@ class Workload:
     steps: int
     sampler: str
     context_frames: int | None = None
-    """Window; by default the preset's."""
+    """Window in frames; by default the preset's."""
     cache_budget: int | None = None
     """Bytes that the cache may take; by default all memory that the rest leaves."""
     weights_file_bytes: int = 0
@@ -80,7 +80,7 @@ def estimate(workload: Workload) -> dict[str, Any]:
     first = first_frame(workload.preset.config)
     chunks = max(1, math.ceil((workload.frames - first) / length))
     temporal_window.check_length(first + chunks * length)
-    steps = len(_sampler(workload).timesteps)  # some schedulers take more steps than asked for
+    steps = len(_sampler(workload).timesteps)  # some schedulers take more steps than requested
     slid = first + (chunks - 1) * length > window
     cache = cache_bytes(model_config, window, workload.dtype.itemsize, slid=slid)
     autoencoder = _load_autoencoder(workload)
@@ -217,7 +217,7 @@ class _Live(TorchDispatchMode):
 
 @torch.inference_mode()
 def _simulate(workload: Workload, autoencoder: Autoencoder | None) -> _Memory:
-    """Run a step, a cache write and a decoding with fake tensors."""
+    """Run a denoising step, a cache write and the decoder with fake tensors."""
     config = workload.preset.config.model
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"), workload.device:
         with _default_dtype(workload.dtype):  # fake parameters can't be converted afterwards
@@ -275,7 +275,7 @@ def _frames_shape(config: ModelConfig) -> tuple[int, ...]:
 
 
 def _load_autoencoder(workload: Workload) -> Autoencoder | None:
-    """The preset's own small autoencoder with random weights; None if there is none, or a large one."""
+    """The preset's own small autoencoder with random weights; None if the preset has none, or a large one."""
     config = workload.preset.config
     if config.video is None or not autoencoders[config.autoencoder.kind].trained_here:
         return None
@@ -367,7 +367,7 @@ class _Probe:
         return seconds
 
     def scale(self, flops: Callable[[ModelConfig, int], int]) -> float:
-        """How many times as many operations the full depth takes."""
+        """Ratio of the full depth's operations to those of the measured model."""
         window = self._context.window.context_frames
         return flops(self.full, window) / flops(self.config, window)
 

@@ -1,4 +1,4 @@
-"""Methods in lockstep: the same weights, backend, precision and inputs, one denoising step at a time."""
+"""Methods in lockstep: the same weights, backend, dtype and inputs, one denoising step at a time."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class ChunkTimes:
     write_seconds: float
     """Time spent writing the preceding frames to the context: the cache write."""
     step_seconds: tuple[float, ...]
-    """Each denoising forward of the network. The sampler's arithmetic, the same for all methods, is excluded."""
+    """Time of each denoising forward of the network, without the sampler's arithmetic, which all methods share."""
     seen_frames: int
-    """Finished frames that the chunk saw."""
+    """Number of finished frames that the chunk saw."""
     kept_bytes: int
-    """Bytes kept between chunks, measured after the chunk."""
+    """Bytes held between chunks, measured after the chunk."""
     rise_bytes: int
     """Highest rise in memory during a denoising step of these shapes; 0 if not observed."""
     step_flops: int
@@ -105,11 +105,11 @@ class MatrixProduct:
 
 @dataclass
 class Observation:
-    """What untimed calls tell about a context; repeated when its shapes change."""
+    """Results of a context's untimed calls, which are repeated when its shapes change."""
 
     seen_frames: int = -1
     warm_up_seconds: float = 0.0
-    """All untimed calls together."""
+    """Time of all untimed calls together."""
     rise_bytes: int = 0
     step_flops: int = 0
 
@@ -125,7 +125,7 @@ class Lockstep(Context):
     every chunk, so it is warmed up only once.
 
     Args:
-        contexts: by method.
+        contexts: one per method, by name.
         product: measured in every step as well.
         observe: measure memory and count operations whenever shapes are new.
     """
@@ -147,7 +147,7 @@ class Lockstep(Context):
         self.observations = {method: Observation() for method in contexts}
         self._appends = self._chunks = 0
         if observe:
-            with count_flops():  # what the counter loads must not count as a method's memory
+            with count_flops():  # memory that the counter itself loads must not count as a method's
                 torch.zeros(1)
 
     def set_text(self, text: list[TextKeysValues]) -> None:
@@ -208,7 +208,7 @@ class Lockstep(Context):
         observation.warm_up_seconds += time.perf_counter() - began
 
     def _timed(self, call: Callable[[Context], Any], turn: int) -> dict[str, tuple[Any, float]]:
-        """Every context's answer and the seconds it took; in every other turn the last one goes first."""
+        """Every context's result and the seconds it took; on every other turn the order is reversed."""
         answers = {}
         for method, context in list(self.contexts.items())[:: 1 if turn % 2 else -1]:
             answers[method] = timed(partial(call, context), self.model.device)
@@ -259,7 +259,7 @@ class SideBySide:
 
     Args:
         pipeline: model and settings; its autoencoder, if any, is timed on every chunk.
-        chunks: how many.
+        chunks: number of chunks.
         methods: names of contexts; the others are compared with the first.
         steps, sampler, seed, context_frames: as in ``Pipeline.sample``.
         fixed_frames: window of ``fixed-window``.
@@ -298,7 +298,7 @@ class SideBySide:
             given = torch.randn(1, shape[0], start, *shape[2:], generator=generator).to(model.device)
         process = pipeline.process
         if not pipeline.trained and not config.diffusion.flow:
-            # outputs of random weights are no noise; read as v, they keep the latents of order 1
+            # outputs of random weights are not noise; interpreted as v, they keep the latents of order 1
             process = NoiseProcess(replace(config.diffusion, prediction=Prediction.V))
         solver = sampler_for(process, config.sampling, name=sampler, steps=steps)
         options: dict[str, Any] = {"context_frames": context_frames, "fixed_frames": fixed_frames}
@@ -352,8 +352,9 @@ class SideBySide:
     def rise(self, method: str) -> int | None:
         """The highest rise in memory (bytes) while the last chunk is written to the context and a step is denoised.
 
-        Both are repeated for a context that writes, which then has one chunk more. None if absolute positions leave no
-        room for another chunk. The steps of the others were observed already.
+        For a context that runs the network when it is written, write and step are repeated, and it then has one more
+        chunk; the steps of other contexts were observed already. None if absolute positions leave no room for another
+        chunk.
         """
         context = self.lockstep.contexts[method]
         if not _writes(context):
@@ -369,7 +370,8 @@ class SideBySide:
 
     @torch.inference_mode()
     def write_flops(self, method: str) -> int | None:
-        """Counted operations of writing the last chunk to the context, which then has one chunk more; None as above."""
+        """Counted operations of writing the last chunk to the context once more, which adds a chunk; None as in
+        ``rise``."""
         context = self.lockstep.contexts[method]
         if not _writes(context):
             return 0
@@ -380,7 +382,7 @@ class SideBySide:
 
 
 def _writes(context: Context) -> bool:
-    """Whether adding frames may run the network: not if they are recomputed, or cached while they are denoised."""
+    """Whether adding frames may run the network; not if frames are recomputed, or cached during denoising."""
     return not isinstance(context, RecomputedContext | PerStepCachedContext)
 
 

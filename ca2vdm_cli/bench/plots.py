@@ -96,7 +96,7 @@ def _bars(
     *,
     percent: bool = False,
 ) -> None:
-    """A bar per method, with another, lighter one added to it; the sum is written at its end."""
+    """One bar per method, with a second, lighter one stacked on it; the sum is written at its end."""
     first = [value or 0.0 for value in values]
     second = [value or 0.0 for value in lighter or [0.0] * len(first)]
     colors = [color for _, color in zip(methods, cycle(_COLORS), strict=False)]
@@ -104,8 +104,8 @@ def _bars(
     axes.barh(methods, second, left=first, color=colors, alpha=0.45, height=0.62)
     totals = [sum(pair) for pair in zip(first, second, strict=True)]
     for i, total in enumerate(totals):
-        number = f"{total:.0%}" if percent else f"{total:.3g}" if total < 1000 else f"{total:,.0f}"
-        axes.text(total, i, f" {number if total else '–'}", va="center", fontsize=9, color=_INK)
+        text = f"{total:.0%}" if percent else f"{total:.3g}" if total < 1000 else f"{total:,.0f}"
+        axes.text(total, i, f" {text if total else '–'}", va="center", fontsize=9, color=_INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.16 * max(totals) or 1)
     axes.grid(axis="x", color=_GRID)

@@ -1,7 +1,7 @@
 """Recorded runs: safetensors files with a model's configuration, weights, inputs and outputs.
 
-They come from the published code, or from anyone who wants to show that two implementations agree. The metadata's key
-``config`` is JSON; tensors are named ``weights.*``, ``input.*`` and ``expected.*``. Absent tensors are not checked.
+They come from the published code, or from any other implementation to compare with. The metadata's key ``config`` is
+JSON; tensors are named ``weights.*``, ``input.*`` and ``expected.*``. Absent tensors are not checked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ca2vdm_cli.model.transformer import CausalVideoTransformer
 
 @dataclass(frozen=True)
 class Comparison:
-    """One recorded tensor against ours."""
+    """One recorded tensor compared with ours."""
 
     name: str
     """The tensor's name without ``expected.``"""

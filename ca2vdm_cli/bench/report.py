@@ -36,7 +36,7 @@ def _speed(run: BackendRun) -> str:
             if (ratio >= 1) is faster:
                 parts.append(f"{ratio if faster else 1 / ratio:.2f}× {word}than {method}")
                 word = ""
-    steps = f"{run.steps} step{'' if run.steps == 1 else 's'} a chunk"
+    steps = f"{run.steps} step{'' if run.steps == 1 else 's'} per chunk"
     return f"cached is {_join(parts)} at a {run.context_frames}-frame window and {steps}"
 
 
@@ -56,7 +56,7 @@ def _exactness(run: BackendRun) -> str:
 
 
 def warnings(report: Report) -> Iterator[str]:
-    """Reasons to doubt the report."""
+    """Reasons to distrust the results."""
     for run in report.runs:
         if not run.flops_agree:
             worst = max(result.flops_error or 0.0 for result in run.results.values())
@@ -73,7 +73,7 @@ def notes(run: BackendRun) -> Iterator[str]:
     yield (
         "Steady-state medians; below them the ratio to cached, or the range of cached itself. Chunk: denoising steps "
         "and cache write. Video: all chunks, without decoding. frames/s: with decoding, if there is an autoencoder. "
-        "MFU: share of the machine's rate in matrix products of the same precision, measured between the steps. "
+        "MFU: share of the machine's rate in matrix products of the same dtype, measured between the steps. "
         "Context: memory kept between chunks. Peak: context and working memory, without the weights."
     )
     if run.max_abs_difference_after_slide is not None:
@@ -83,7 +83,7 @@ def notes(run: BackendRun) -> Iterator[str]:
         )
     if others := [method for method in run.results if not contexts[method].exact]:
         yield (
-            f"Only the costs of {_join(others)} are compared: from the same weights, they generate another video "
+            f"Only the costs of {_join(others)} are compared: from the same weights, they generate a different video "
             "than cached."
         )
 
@@ -93,9 +93,9 @@ GROWTH_NOTE = (
     "working memory of a step). Context: one denoising step. –: fewer than three lengths."
 )
 TIME = ("", "step>", "write>", "chunk>", "decode>", "video>", "frames/s>")
-"""Columns of a first table that fits a terminal..."""
+"""Columns of a first table, which fits a terminal..."""
 WORK = ("", "FLOPs/step>", "MFU>", "context>", "peak>", "time ∝ framesᵉ>", "FLOPs ∝ framesᵉ>")
-"""...and of a second."""
+"""...and those of a second table."""
 
 
 def costs_table(run: BackendRun, size: Units, duration: Units, columns: Sequence[str] = ()) -> Table:
@@ -104,7 +104,7 @@ def costs_table(run: BackendRun, size: Units, duration: Units, columns: Sequence
     Args:
         run: one backend's.
         size, duration: format bytes and seconds.
-        columns: which, as far as they were measured; by default all but the exponents.
+        columns: the columns to show, as far as they were measured; by default all but the exponents.
     """
     pixels = run.results["cached"].decode_seconds is not None
 
@@ -181,11 +181,11 @@ def as_csv(report: Report) -> str:
     writer.writerow(columns)
     for run in report.runs:
         for method, result in run.results.items():
-            for number, repeat in enumerate(result.repeats):
+            for index, repeat in enumerate(result.repeats):
                 for chunk, steps in enumerate(repeat.seconds_per_step):
                     write, decode = repeat.write_seconds_per_chunk[chunk], repeat.decode_seconds_per_chunk[chunk]
                     first_frame = run.first_frame + chunk * report.environment.chunk_frames
-                    place = [run.backend, run.context_frames, method, number, chunk, first_frame]
+                    place = [run.backend, run.context_frames, method, index, chunk, first_frame]
                     seconds = [write, sum(steps), decode, repeat.encode_seconds_per_chunk[chunk]]
                     total = write + sum(steps) + (decode or 0.0)
                     rest = [result.kept_bytes_per_chunk[chunk], result.step_flops_per_chunk[chunk]]

@@ -58,7 +58,7 @@ class Repeat:
 
 @dataclass(frozen=True, kw_only=True)
 class SteadyState:
-    """Times of the chunks that see a full window, the warm-up chunks excepted; None if there are none."""
+    """Times of the chunks that see a full window, except warm-up chunks; None if there are none."""
 
     steady_chunks: int
     steady_seconds_per_chunk: float | None
@@ -73,7 +73,7 @@ class SteadyState:
     decode_seconds: float | None
     encode_seconds: float | None
     steady_total_seconds: float | None
-    """A chunk, decoding included."""
+    """A chunk, including decoding."""
     steady_frames_per_second: float | None
     mfu: float | None
     """A denoising step's share of the machine's rate in matrix products."""
@@ -87,7 +87,7 @@ class Memory:
     """0 for methods without a cache."""
     cache_bytes_by_formula: int | None
     context_bytes: int
-    """Everything kept between chunks: a cache, or latents."""
+    """Everything held between chunks: a cache, or latents."""
     peak_memory_bytes: int | None
     """Weights, context, and the highest rise in a denoising step or a cache write."""
     peak_memory_above_weights_bytes: int | None
@@ -111,7 +111,7 @@ class MethodResult(Repeat, SteadyState, Memory, Operations):
     """What one method cost. Raw values per chunk are those of the first repeat."""
 
     seconds: float
-    """The whole video, decoding excluded."""
+    """The whole video, without decoding."""
     seconds_per_chunk: list[float]
     seen_frames_per_chunk: list[int]
     kept_bytes_per_chunk: list[int]
@@ -134,7 +134,7 @@ class Exactness:
     max_abs_difference_before_slide: float | None
     max_abs_output: float
     max_abs_difference_after_slide: float | None
-    """For ``recompute``, whose frames no longer see those before the window, as the cached ones did."""
+    """For ``recompute``: its frames no longer see those before the window, as the cached frames did."""
     max_abs_difference_per_chunk: list[float] | None
 
 
@@ -187,6 +187,6 @@ class Report:
     """One per backend."""
 
     def as_json(self) -> dict[str, Any]:
-        """One flat object, whose figures are those of the first backend."""
+        """One flat object with the figures of the first backend."""
         first, *others = map(asdict, self.runs)
         return {"verdict": self.verdict, **asdict(self.environment), **first, "other_backends": others}

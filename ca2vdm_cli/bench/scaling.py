@@ -15,9 +15,9 @@ class Curve:
     frames: list[int]
     """Frames of the video, or of the context."""
     seconds: list[float]
-    """For the video up to that length, or for one denoising step."""
+    """Seconds for the video up to that length, or for one denoising step."""
     flops: list[int]
-    """Floating-point operations, likewise."""
+    """Floating-point operations, for the same."""
     memory_bytes: list[int]
     """Context and the rise in one denoising step, without the weights."""
     seconds_exponent: float | None = field(init=False)

@@ -14,15 +14,15 @@ from .lockstep import ChunkComparison, SideBySide, first_frame
 RUN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest absolute difference allowed from a recorded run, whose values are of order 1.
 
-float32 leaves room for another order of summation, accumulated over all denoising steps. The half-precision types round
-every activation to 11 and 8 bits; the same margin in units of their last place would be 0.8 and 6.5, so these bounds
-catch a wrong frame or position but not a subtle fault: check those in float32.
+float32 leaves room for a different order of summation, accumulated over all denoising steps. The half-precision types
+round every activation to 11 and 8 bits; the same margin in units of their last place would be 0.8 and 6.5, so these
+bounds catch a wrong frame or position but not subtle errors, which need a check in float32.
 """
 STEP_TOLERANCE = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest difference between two forwards on the same inputs that counts as equal, relative to the largest output.
 
 Measured on correct code: 1e-6 in float32 and 1e-2 in bfloat16. A position that is off by one, a slot too many or a lost
-causal mask causes 1e-3 and more: float32 tells that from rounding, half precision only if it is gross.
+causal mask causes 1e-3 and more: float32 can tell these from rounding; half precision reveals only gross errors.
 """
 
 

@@ -1,1 +1,1 @@
-"""One module a command (or family of commands): what happens once the flags are read."""
+"""One module per command (or family of commands): what runs after the flags are parsed."""

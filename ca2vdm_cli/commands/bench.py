@@ -1,4 +1,4 @@
-"""``bench``: measure what the cache gains."""
+"""``bench``: benchmark the cache against baselines."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def run(
 
 
 def parse_baselines(compare: str) -> tuple[str, ...]:
-    """The contexts that ``--compare`` names; ``cached`` is always there and not one of them."""
+    """The contexts that ``--compare`` names; ``cached`` is always measured and is not among them."""
     names = dict.fromkeys(_split(compare, "--compare"))
     for name in names:
         contexts.check(name, "--compare")
@@ -127,7 +127,7 @@ def _split(text: str, flag: str) -> list[str]:
 def _longer_table(
     preset: str | None, checkpoint: Path | None, overrides: list[str], windows: tuple[int, ...]
 ) -> list[str]:
-    """Random weights were trained on no positions, so the position table may grow to fit the longest window."""
+    """With random weights, which know no positions, the position table can grow to fit the longest window."""
     loaded, weights = find_weights(preset, checkpoint, overrides)
     model = loaded.config.model
     needed = max(windows, default=0) + model.chunk_frames
@@ -137,7 +137,7 @@ def _longer_table(
 
 
 def _check_outputs(outputs: list[Path]) -> None:
-    """Refuse before the benchmark what could not be written after it."""
+    """Before the benchmark, reject outputs that could not be written after it."""
     for path in outputs:
         suffix = path.suffix.lower()
         if suffix not in FORMATS:

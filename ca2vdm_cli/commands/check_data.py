@@ -22,7 +22,7 @@ ROWS = 20
 
 @dataclass(frozen=True)
 class _Facts:
-    """What was found out about a usable video."""
+    """What is known about a usable video."""
 
     frames: int
     size: tuple[int, int]
@@ -111,10 +111,10 @@ def _examine(video: Video) -> _Facts:
     """Look at a video, and decode its first and last frames; raises UserError."""
     look, frames = video.look(), video.count()
     size = look.size
-    for number in {0, max(0, frames - 1)}:
-        picture = next(iter(video.read(range(number, number + 1))), None)
+    for index in {0, max(0, frames - 1)}:
+        picture = next(iter(video.read(range(index, index + 1))), None)
         if picture is None:
-            raise UserError(f"{video.file}: frame {number + 1} of {frames} cannot be decoded")
+            raise UserError(f"{video.file}: frame {index + 1} of {frames} cannot be decoded")
         size = size or (picture.shape[0], picture.shape[1])
     assert size is not None
     return _Facts(frames, size, None if look.fps is None else float(look.fps))
@@ -133,8 +133,8 @@ def _show(
         ["length", f"{report['frames']} frames, {report['hours']:.3g} hours"],
         [
             "clips",
-            f"{report['clips']} of {report['clip_frames']} frames side by side at stride {settings.stride}, "
-            f"{report['start_positions']} starts",
+            f"{report['clips']} of {report['clip_frames']} frames without overlap at stride {settings.stride}, "
+            f"{report['start_positions']} start positions",
         ],
         ["resolutions", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8))],
         ["frames per second", ", ".join(f"{rate} ({count})" for rate, count in rates.most_common(8))],

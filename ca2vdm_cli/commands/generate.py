@@ -44,11 +44,11 @@ FrameMap = Callable[[Frame], Frame]
 BATCH = 4
 """Videos that are generated together. It does not change what they look like."""
 TIMED_PARTS = ("input", "denoise", "cache_write", "decode", "encode", "output")
-"""Parts of a run whose time is reported."""
+"""Parts of a run that are timed in the report."""
 
 
 class LoadOptions(TypedDict):
-    """The flags that say which model to load, as arguments of ``Pipeline.load``."""
+    """The flags that determine which model to load, as arguments of ``Pipeline.load``."""
 
     preset: str | None
     checkpoint: Path | None
@@ -60,7 +60,7 @@ class LoadOptions(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """The flags that say where the videos go and what the command prints."""
+    """The flags that determine where the videos go and what the command prints."""
 
     path: str | None
     format: str | None
@@ -133,7 +133,7 @@ def run_extend(
         name = "extended" if source == "-" else f"{Path(source).stem}-extended"
         run = Generation(pipeline, options, output, frames, num_videos, name=name, fps=reader.fps or video.fps)
         blank = np.zeros((1, video.height, video.width, video.channels), np.uint8)
-        pipeline.extend(blank, run.frames, **options)  # rejects a wrong request before the input is read
+        pipeline.extend(blank, run.frames, **options)  # rejects an invalid request before the input is read
         window: deque[Frame] = deque(maxlen=options.get("context_frames") or pipeline.config.model.context_frames)
         with run.open_outputs():
             with run.timed_input():
@@ -153,7 +153,7 @@ def _load(load: LoadOptions, *, quiet: bool) -> tuple[Pipeline, VideoConfig]:
     with status("loading", quiet=quiet):
         pipeline = Pipeline.load(**load)
     if pipeline.config.video is None:
-        raise UsageError(f"preset {pipeline.preset.name}: it works on latents only and makes no pictures; use bench")
+        raise UsageError(f"preset {pipeline.preset.name}: it works on latents only and produces no frames; use bench")
     return pipeline, pipeline.config.video
 
 
@@ -254,8 +254,8 @@ class Generation:
         """Generate the videos in batches, and write them.
 
         Args:
-            run: makes the chunks of some videos, given ``RunOptions``.
-            to_output: brings a generated frame to the output's size.
+            run: generates the chunks of some videos, given ``RunOptions``.
+            to_output: converts a generated frame to the output's size.
         """
         steps_per_video = -(-self.frames // self.pipeline.config.model.chunk_frames) * self.steps
         batches = range(0, len(self.videos), BATCH)

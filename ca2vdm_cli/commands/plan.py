@@ -1,4 +1,4 @@
-"""``plan``: estimate what a video will take before it is generated."""
+"""``plan``: estimate the cost of a video before it is generated."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def run(
         )
     except KeyboardInterrupt:
         if progress.step is not None:
-            progress.note(f"interrupted at step {progress.step}: go on with ca2vdm train --resume --out {out}")
+            progress.note(f"interrupted at step {progress.step}: continue with ca2vdm train --resume --out {out}")
         raise
     finally:
         progress.close()
@@ -128,7 +128,7 @@ def _as_json(result: TrainingResult) -> dict[str, object]:
 
 def _print_result(result: TrainingResult, *, quiet: bool) -> None:
     """The same for people."""
-    lines = [f"{result.folder} is at step {result.steps} already; ask for more with --steps"]
+    lines = [f"{result.folder} is already at step {result.steps}; use --steps to train longer"]
     if result.loss is not None:
         share, speed = result.data_seconds / result.seconds, result.frames / result.seconds
         lines = [
@@ -138,6 +138,6 @@ def _print_result(result: TrainingResult, *, quiet: bool) -> None:
         ]
     clips = result.clips
     if isinstance(clips, Clips) and clips.skipped:
-        lines.append(f"  left out {len(clips.skipped)} of {clips.count} videos: {clips.reasons()}")
+        lines.append(f"  skipped {len(clips.skipped)} of {clips.count} videos: {clips.reasons()}")
     for line in lines:
         note(line, quiet=quiet)

@@ -54,7 +54,7 @@ class AutoencoderConfig:
     """The autoencoder that converts between frames and latents."""
 
     kind: str = "none"
-    """The autoencoder: none (the preset works on latents only), conv, lowpass, diffusers, or one of a plug-in."""
+    """The autoencoder: none (the preset works on latents only), conv, lowpass, diffusers, or a plug-in's."""
     path: str | None = None
     """diffusers: a local folder, or a name on the Hugging Face hub."""
     scale_factor: Annotated[float, Field(gt=0)] = 1.0
@@ -62,11 +62,11 @@ class AutoencoderConfig:
     downsample: Annotated[int, Field(ge=2)] = 8
     """Pixels per latent pixel along each side; must be even for conv and lowpass."""
     base_channels: Count = 48
-    """conv, lowpass: channels of the feature maps at twice the latents' resolution; twice as many at the latents'
-    own."""
+    """conv, lowpass: channels of the feature maps at twice the latents' resolution; there are twice as many at the
+    latents' own resolution."""
     latent_noise: Annotated[float, Field(ge=0)] = 0.15
-    """conv, lowpass: standard deviation of the noise added to latents (whose own is 1) when training the decoder, so
-    that it tolerates a diffusion model's errors."""
+    """conv, lowpass: standard deviation of the noise added to latents (which have standard deviation 1) when training
+    the decoder, so that it tolerates a diffusion model's errors."""
 
     @model_validator(mode="after")
     def _check(self) -> AutoencoderConfig:
@@ -100,7 +100,7 @@ class SyntheticDataConfig:
     digits: Count = 1
     """Number of digits in a frame."""
     images_per_class: Count = 10
-    """How many of the shipped handwritten images to use of each class."""
+    """How many of the shipped handwritten images of each class to use."""
     digit_size: Count = 28
     """Side of a digit's image in pixels; strokes widen in proportion."""
     min_speed: Annotated[float, Field(gt=0)] = 1.5
@@ -124,8 +124,8 @@ class DataConfig:
     """How clips are drawn from a data set."""
 
     format: str = "auto"
-    """Format of the data set: auto (guessed from the files), videos, frames, ucf101, bair, moving-mnist, jsonl,
-    moving-digits (generated, see ``synthetic_data``), or that of a plug-in's reader."""
+    """Format of the data set: auto (detected from the files), videos, frames, ucf101, bair, moving-mnist, jsonl,
+    moving-digits (generated, see ``synthetic_data``), or the name of a plug-in's reader."""
     split: Split = Split.TRAIN
     """Which part of the data set to read."""
     split_list: Literal[1, 2, 3] = 1

@@ -47,7 +47,7 @@ class DiffusionConfig:
     """Add noise to clean prefix frames, at a timestep drawn from this range, in training and in sampling."""
     progressive_noise: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of noise that is correlated between the frames of a chunk (Ge et al. 2023), in training and in sampling:
-    neighbors correlate by alpha / sqrt(1 + alpha²). 0 for independent noise."""
+    neighbours correlate by alpha / sqrt(1 + alpha²). 0 for independent noise."""
     unconditional_start: bool = False
     """Whether the model is trained to start from an empty context; if not, sampling needs a first frame."""
 
@@ -61,7 +61,7 @@ class DiffusionConfig:
         require(
             self.flow == (self.prediction is Prediction.FLOW),
             f"prediction: {self.prediction.value} does not go with beta_schedule {self.beta_schedule.value}; flow goes "
-            "with flow, and the others with each other",
+            "with flow, the other predictions with the other schedules",
         )
         if self.prefix_noise is not None:
             low, high = self.prefix_noise

@@ -63,7 +63,7 @@ class ModelConfig:
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     """Width of the MLP's hidden layer, as a multiple of ``hidden_size``."""
     context_frames: Count = 25
-    """P_max: the most clean frames that a chunk attends to (the window, and the cache's capacity)."""
+    """P_max: the largest number of clean frames that a chunk attends to (the window, and the cache's capacity)."""
     chunk_frames: Count = 8
     """l: number of frames that are denoised together."""
     sink_frames: Annotated[int, Field(ge=0)] = 0
@@ -85,7 +85,7 @@ class ModelConfig:
     text_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens per caption, padding included."""
     learn_variance: bool = True
-    """Predict C more channels, from which the ancestral sampler's variance is interpolated."""
+    """Predict C further channels, which interpolate the ancestral sampler's variance."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -27,7 +27,7 @@ class Preset:
     autoencoder: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
     """The autoencoder, which converts between frames and latents."""
     text: TextConfig | None = None
-    """The text encoder; without it, a model with text has only its stored unconditional caption."""
+    """The text encoder; without it, a text-conditioned model has only its stored unconditional caption."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     """Default settings of sampling."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
@@ -108,7 +108,7 @@ class Preset:
             )
         require(
             self.text is None or model.text_channels > 0,
-            "text: needs a model with text; set model.text_channels and model.text_tokens",
+            "text: needs a text-conditioned model; set model.text_channels and model.text_tokens",
         )
         require(self.synthetic_data is None or video is not None, "synthetic_data: needs a video section")
         require(
@@ -162,7 +162,7 @@ class Preset:
         )
 
     def _check_clips(self) -> None:
-        """Lengths of clips, and what needs ``training.parallel_chunks``."""
+        """Lengths of clips, and settings that need ``training.parallel_chunks``."""
         training = self.training
         for key in ("rollout_share", "first_chunk_share", "clip_frames"):
             value = getattr(training, key)

@@ -24,23 +24,26 @@ from .source import Clip, random_square
 from .videos import Video
 
 MEMORY = 512 * 2**20
-"""Bytes of decoded video that a source may hold. If a data set would need more, nothing is kept, and only the frames of
-each clip are decoded."""
+"""Bytes of decoded video that a source may hold. If a data set would need more, nothing is stored, and only the frames
+of each clip are decoded."""
 HEADERS = 1000
-"""Up to this many videos are inspected before the first clip; in a larger set, each one when it is first drawn."""
+"""Up to this many videos are inspected before the first clip; in a larger data set, each one is inspected when it is
+first drawn."""
 REASONS = 3
 """How many unusable videos a message names."""
 ELONGATION = 8
-"""``Crop.RANDOM``: a frame whose aspect ratio is further from the model's than this factor loses its ends."""
+"""``Crop.RANDOM``: if a frame's aspect ratio differs from the model's by more than this factor, its ends are cut
+off."""
 FAILURES = 100
-"""Failed reads of one clip after which the files must be changing while they are read."""
+"""After this many failed reads of one clip, the files are assumed to be changing during the run."""
 
 
 class Clips(ABC):
-    """Random pieces of a data set's videos: what sources of pixels and of latents share.
+    """Random pieces of a data set's videos: the common base of pixel and latent sources.
 
     A video that cannot be read or is too short is skipped; ``skipped`` says why. A clip depends only on the files, the
-    seed and the clip's number, and not on earlier clips: what is remembered of a video would be found again.
+    seed and the clip's number, not on earlier clips: whatever is remembered about a video only saves looking it up
+    again.
 
     Attributes:
         name: the data set's name in messages.
@@ -64,7 +67,7 @@ class Clips(ABC):
 
     @abstractmethod
     def _read(self, video: int, frames: range, flip: bool) -> Tensor:
-        """These frames (T, ...), or fewer if the video breaks off before."""
+        """These frames (T, ...), or fewer if the video ends early."""
 
     @abstractmethod
     def _find_end(self, video: int) -> int:
@@ -97,7 +100,7 @@ class Clips(ABC):
             if count < max(span, self.span(self.frames)):
                 continue
             start = int(draw.integers(count - span + 1))
-            # from a generator of its own, so that flipping changes nothing else
+            # from a separate generator, so that flipping changes nothing else
             flip = self.data.flip and bool(np.random.default_rng((self.seed, index, 1)).integers(2))
             for _ in range(2):
                 frames = self._read(video, range(start, start + span, self.data.stride), flip)
@@ -149,8 +152,8 @@ def list_reasons(skipped: Mapping[str, str]) -> str:
 class VideoClips(Clips):
     """Random pieces of videos at the preset's frame size.
 
-    If all videos fit into ``MEMORY`` bytes at that size, decoded videos are kept; otherwise only the frames of each
-    clip are decoded.
+    If all videos fit into ``MEMORY`` bytes at that size, they are kept decoded in memory; otherwise only the frames of
+    each clip are decoded.
 
     Args:
         name: the data set's name in messages.
@@ -205,17 +208,17 @@ class VideoClips(Clips):
         """Look at every video without decoding it; returns how many bytes all of them would take when decoded."""
         total, frame_bytes = 0.0, self.video.height * self.video.width * self.video.channels
         need = self.span(self.frames)
-        for number, video in enumerate(self.videos):
+        for index, video in enumerate(self.videos):
             try:
                 look = video.look()
             except UserError as error:
-                self._lengths[number] = 0
-                self._skip(number, video.reason(error))
+                self._lengths[index] = 0
+                self._skip(index, video.reason(error))
                 continue
             count = look.frames
             if count is not None and count < need:
-                self._lengths[number] = count
-                self._skip(number, too_short(count, need))
+                self._lengths[index] = count
+                self._skip(index, too_short(count, need))
                 continue
             if count is None:
                 count = round(float(look.fps) * look.seconds) if look.fps and look.seconds else MEMORY
@@ -261,7 +264,7 @@ class VideoClips(Clips):
         return pixels
 
     def _stack(self, frames: Iterable[Frame]) -> np.ndarray:
-        """Frames of one size as (T, H', W', C), up to the first unreadable one; raises only if there is none before."""
+        """Frames of one size as (T, H', W', C), up to the first unreadable one; raises only if no frame precedes it."""
         stack: list[Frame] = []
         try:
             stack.extend(frames)
@@ -296,7 +299,7 @@ class VideoClips(Clips):
 
 
 def _cover(size: Size, model: Size) -> Size:
-    """The smallest size with a frame's aspect ratio that covers the model's size, its elongation limited."""
+    """The smallest size with a frame's aspect ratio (limited by ``ELONGATION``) that covers the model's size."""
     scale = max(Fraction(model[0], size[0]), Fraction(model[1], size[1]))
     height, width = (
         min(max(ours, round(theirs * scale)), ELONGATION * ours) for theirs, ours in zip(size, model, strict=True)

@@ -33,7 +33,7 @@ SAMPLE = 64 * 1024
 FRAMES = 16
 """Frames encoded per call."""
 ENTRY_BYTES = 2**31
-"""Largest entry. If a video's latents would be larger, only its beginning is kept."""
+"""Largest entry. If a video's latents would be larger, only its beginning is cached."""
 _KEY = "key"
 
 
@@ -46,7 +46,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What filling a cache did, in numbers of videos."""
+    """Result of filling a cache, in numbers of videos."""
 
     encoded: int
     """Newly encoded, including the stale ones."""
@@ -76,7 +76,7 @@ def cache_latents(
         config: the autoencoder's settings.
         folder: the cache; created if missing.
         device: where frames are encoded; the CPU by default.
-        progress: called after each video with the number of finished videos and of all videos.
+        progress: called after each video with the number of finished videos and the total.
 
     Raises:
         UsageError: the source has no videos, or a random crop.
@@ -100,7 +100,7 @@ def cache_latents(
     stale: dict[str, str] = {}
     entries: dict[int, tuple[Path, int]] = {}
     skipped = dict(source.skipped)
-    for number, video in enumerate(source.videos):
+    for index, video in enumerate(source.videos):
         path = folder / _entry(video)
         try:
             key = settings | _identity(video)
@@ -110,15 +110,15 @@ def cache_latents(
             if frames:
                 reused += 1
             elif video.name not in source.skipped:
-                frames = _encode(source, number, autoencoder, path, key, device)
+                frames = _encode(source, index, autoencoder, path, key, device)
                 encoded += 1
             if frames:
-                entries[number] = (path, frames)
+                entries[index] = (path, frames)
         except UserError as error:
             if str(error).startswith(f"{path}: "):
                 raise
             skipped[video.name] = video.reason(error)
-        progress(number + 1, len(source.videos))
+        progress(index + 1, len(source.videos))
     return LatentClips(source, entries, skipped), CacheReport(encoded, reused, stale)
 
 
@@ -183,7 +183,7 @@ def _versions(flip: bool) -> Sequence[str]:
 @torch.no_grad()
 def _encode(
     source: VideoClips,
-    number: int,
+    index: int,
     autoencoder: Encoder,
     path: Path,
     key: dict[str, object],
@@ -191,7 +191,7 @@ def _encode(
 ) -> int:
     """Encode a video into its entry; returns the number of frames."""
     parts: dict[str, list[Tensor]] = {name: [] for name in _versions(source.data.flip)}
-    size, frames = 0, source.whole(number)
+    size, frames = 0, source.whole(index)
     try:
         while size < ENTRY_BYTES and (batch := list(islice(frames, FRAMES))):
             pixels = torch.stack(batch).to(device)  # (N, C, H, W)
@@ -199,18 +199,18 @@ def _encode(
                 latents = autoencoder.encode(pixels.flip(-1) if name == "flipped" else pixels)
                 part.append(latents.to("cpu", torch.float16))
                 size += 2 * latents.numel()
-    except UserError:  # it breaks off: the frames before are kept
+    except UserError:  # truncated or damaged: keep the frames decoded so far
         if not parts["latents"]:
             raise
     if not parts["latents"]:
-        raise UserError(f"{source.videos[number].file}: no frame could be decoded")
+        raise UserError(f"{source.videos[index].file}: no frame could be decoded")
     tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
     save_tensors(path, tensors, {_KEY: json.dumps(key)})
     return len(tensors["latents"])
 
 
 class LatentClips(Clips):
-    """The clips of a ``VideoClips`` source as latents from a cache. Made by ``cache_latents``."""
+    """The clips of a ``VideoClips`` source as latents from a cache. Created by ``cache_latents``."""
 
     def __init__(self, source: VideoClips, entries: dict[int, tuple[Path, int]], skipped: dict[str, str]) -> None:
         super().__init__(source.name, source.videos, skipped, source.data, source.seed, source.frames)

@@ -1,7 +1,7 @@
-"""Batches made ahead of time in worker processes, so that a training step need not wait for them.
+"""Batches prepared ahead of time in worker processes, so that a training step need not wait for them.
 
 A ``DataLoader`` with 2 workers makes 0.85 to 0.95 times as many batches of H.264 clips per second, needs 6 s to notice
-a dead worker (this: 0.2 s), and leaves its workers behind when their parent is killed.
+a dead worker (this loader: 0.2 s), and leaves its workers running when their parent is killed.
 
 Shapes: B batch, T frames, C channels, H height, W width.
 """
@@ -61,15 +61,15 @@ class Batch:
 class ClipLoader:
     """An endless iterator over the batches of step ``first``, ``first + 1`` and so on. Close it after use.
 
-    The clips of step n have the numbers n · w · B to (n + 1) · w · B - 1 for w training processes; process r takes the
-    r-th B of them. So a step's clips depend neither on how they are divided nor on the number of workers.
+    With w training processes, the clips of step n have the numbers n · w · B to (n + 1) · w · B - 1; process r takes
+    the r-th B of them. So a step's clips do not depend on how they are divided or on the number of workers.
 
     Args:
         source: where clips come from. Each worker gets a copy, so it must hold paths, not open files.
         frames: the length of a clip, or a function from the step to the length.
         batch_size: B, clips per step and process.
         first: the first step.
-        workers: number of worker processes; with 0 this process makes each batch when asked for it. The default is
+        workers: number of worker processes; with 0, this process makes each batch on demand. The default is
             ``DEFAULT_WORKERS`` if frames have to be decoded, else 0.
         rank: r, this training process's number.
         world: w, the number of training processes.
@@ -195,7 +195,7 @@ class _Worker:
         except Exception:  # whatever it is, the caller must not wait forever
             self._process.join()
             code = self._process.exitcode
-            why = "out of memory, perhaps" if code == -signal.SIGKILL else "its own message is above, if it left one"
+            why = "out of memory, perhaps" if code == -signal.SIGKILL else "see its error message above, if any"
             message = f"data.workers: a worker process died with code {code} ({why}); try --set data.workers=0"
             self.results.put((UserError(message), {}))
 

@@ -1,6 +1,6 @@
 """Readers list the videos of a data set, one reader for each layout on disk.
 
-Names inside lists (UCF-101, JSONL) are not trusted: a name that is absolute, or leads out of the folder, is rejected.
+Names inside lists (UCF-101, JSONL) are not trusted: a name that is absolute, or points outside the folder, is rejected.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Reader(ABC):
             data: the preset's ``data`` section, with ``split`` and ``split_list``.
 
         Raises:
-            UsageError: the path does not have this layout, or no such split.
+            UsageError: the path does not have this layout, or has no such split.
             UserError: a list or index cannot be read.
         """
 
@@ -121,10 +121,10 @@ def read_layout(path: Path, data: DataConfig) -> Layout:
 
     Args:
         path: a folder or file.
-        data: the preset's ``data`` section, of which ``format``, ``split`` and ``split_list`` are used.
+        data: the preset's ``data`` section; ``format``, ``split`` and ``split_list`` are used.
 
     Raises:
-        UsageError: there is no such path, or it does not have the layout ``data.format``, or no such split.
+        UsageError: there is no such path, or it does not have the layout ``data.format``, or has no such split.
         UserError: a list or index cannot be read.
     """
     if data.format == SYNTHETIC:
@@ -177,7 +177,7 @@ def _roots(path: Path, split: Split) -> list[Path]:
 
 
 def _parts(path: Path) -> dict[Split, list[Path]] | None:
-    """The subfolders of both splits, also inside an only subfolder, since archives unpack to one; else None."""
+    """The subfolders of both splits, or None. A single subfolder is searched too, since many archives unpack to one."""
     inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
     parts = {
         split: [folder for folder in inner if re.fullmatch(rf"(.*[_-])?{split.value}(ing)?", folder.name.lower())]
@@ -351,7 +351,7 @@ class JsonLinesReader(Reader):
     """Lists in JSON Lines."""
 
     name = "jsonl"
-    description = "a file whose lines have a path and optionally a text (MSR-VTT and the like)"
+    description = "one JSON object per line, with a path and optionally a text (MSR-VTT and similar)"
 
     def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
         return path.is_file() and ".jsonl" in suffixes
@@ -374,7 +374,7 @@ class JsonLinesReader(Reader):
                 rejects[label] = "has half a character (a lone surrogate)"
                 continue
             if not isinstance(name, str) or not (text is None or isinstance(text, str)):
-                rejects[label] = "needs an object with a string path and, optionally, a string text"
+                rejects[label] = "must be an object with a string 'path' and, optionally, a string 'text'"
             elif not _is_safe(name):
                 rejects[label] = "path must be relative and stay in the list's folder"
             elif os.path.isdir(file := path.parent / name):

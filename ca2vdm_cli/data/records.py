@@ -26,13 +26,13 @@ def find_records(path: Path) -> tuple[list[tuple[int, int]], str]:
             file.seek(place)
             head = file.read(12)
             if len(head) < 12:
-                problem = "it breaks off"
+                problem = "it is truncated"
                 break
             length, check = struct.unpack("<QI", head)
             if _masked_crc(head[:8]) != check:
                 problem = "the checksum of a length is wrong"
             elif length > min(RECORD_BYTES, size - place - 16):
-                problem = "it breaks off"
+                problem = "it is truncated"
             else:
                 records.append((place + 12, length))
             place += 16 + length
@@ -76,7 +76,7 @@ def parse_example(record: bytes) -> dict[str, memoryview]:
                 if field == 1:
                     key = str(_message(content), "utf-8")
                 elif field == 2:
-                    value = next((v for kind, v in _fields(_message(content)) if kind == 1), None)
+                    value = next((v for inner, v in _fields(_message(content)) if inner == 1), None)
             if value is not None:
                 first = next((v for field, v in _fields(_message(value)) if field == 1), None)
                 if first is not None:
@@ -99,7 +99,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
         value = 0
         for shift in range(0, 70, 7):
             if place >= len(data):
-                raise ValueError("a message breaks off")
+                raise ValueError("a message is truncated")
             byte = data[place]
             place += 1
             value |= (byte & 0x7F) << shift
@@ -109,14 +109,14 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
 
     while place < len(data):
         tag = varint()
-        kind = tag & 7
-        if kind == 0:
+        wire_type = tag & 7
+        if wire_type == 0:
             yield tag >> 3, varint()
             continue
-        length = {1: 8, 5: 4}.get(kind) if kind != 2 else varint()
+        length = {1: 8, 5: 4}.get(wire_type) if wire_type != 2 else varint()
         if length is None:
-            raise ValueError(f"a field of the unknown wire type {kind} in a message")
+            raise ValueError(f"a field of the unknown wire type {wire_type} in a message")
         if length > len(data) - place:
-            raise ValueError("a message breaks off")
-        yield tag >> 3, data[place : place + length] if kind == 2 else 0
+            raise ValueError("a message is truncated")
+        yield tag >> 3, data[place : place + length] if wire_type == 2 else 0
         place += length

@@ -1,7 +1,8 @@
-"""The interface of everything that clips come from.
+"""The interface of clip sources.
 
-Clip number ``index`` depends on (seed, index) and on nothing else. So the position of a training run is one integer,
-and a resumed run sees exactly the batches that an uninterrupted one would have seen, however many processes make them.
+Clip number ``index`` depends on (seed, index) and on nothing else. So a training run's position in the data is one
+integer, and a resumed run sees exactly the batches that an uninterrupted one would have seen, however many processes
+make them.
 
 Shapes: T frames, C channels, H height, W width.
 """
@@ -26,7 +27,7 @@ class Clip(NamedTuple):
 
 
 class ClipSource(Protocol):
-    """Something that clips come from."""
+    """A source of clips."""
 
     def clip(self, index: int, length: int) -> Clip:
         """Clip number ``index`` with T = ``length`` frames."""

@@ -1,4 +1,4 @@
-"""Videos of a data set, whatever holds their frames: video files, folders of images, arrays or records.
+"""Videos of a data set, whatever stores their frames: video files, folders of images, arrays or records.
 
 Paths and files are not trusted: FFmpeg gets an open file and may open no other, NumPy unpickles nothing, and a file's
 claims about itself are checked before memory is allocated for them.
@@ -29,7 +29,7 @@ from ca2vdm_cli.video_io import Frame, Size, open_reader, open_stream, read_erro
 from .records import parse_example
 
 SMALL = 16 * 2**20
-"""Largest file in bytes whose frames ``look`` counts if the file does not say how many it has."""
+"""Size limit in bytes: if a larger file does not say how many frames it has, ``look`` does not count them."""
 BAIR_SIDE = 64
 """Height and width of a BAIR robot pushing frame in pixels."""
 BAIR_KEYS = ("{}/image_aux1/encoded", "{}/image_main/encoded")
@@ -38,7 +38,7 @@ BAIR_KEYS = ("{}/image_aux1/encoded", "{}/image_main/encoded")
 
 @dataclass(frozen=True)
 class Look:
-    """What is known of a video without decoding it."""
+    """What is known about a video without decoding it."""
 
     frames: int | None
     """Number of frames; None if the file does not say."""
@@ -77,7 +77,7 @@ class Video(ABC):
 
     @abstractmethod
     def look(self) -> Look:
-        """What can be said without decoding.
+        """Inspect the video without decoding it.
 
         Raises:
             UserError: the video cannot be read.
@@ -93,14 +93,14 @@ class Video(ABC):
 
     @abstractmethod
     def read(self, frames: range) -> Iterator[Frame]:
-        """The frames with these ascending numbers: uint8 (H, W, 1 or 3); fewer if the video breaks off before.
+        """The frames with these ascending numbers: uint8 (H, W, 1 or 3); fewer if the video ends early.
 
         Raises:
             UserError: the video cannot be read.
         """
 
     def reason(self, error: UserError) -> str:
-        """An error about this video without the file's name."""
+        """The message of an error about this video, without the file's name."""
         return str(error).removeprefix(f"{self.file}: ")
 
 
@@ -136,11 +136,11 @@ class VideoFile(Video):
         return len(_times(self.path))
 
     def read(self, frames: range) -> Iterator[Frame]:
-        """Seeks to the last key frame before the first frame if the file's timestamps allow it; else decodes from the
+        """Seek to the last key frame before the first frame if the file's timestamps allow it; else decode from the
         start."""
         times = _times(self.path)
         if frames.start and frames.stop <= len(times) and _are_unique(times):
-            pictures = _seek(self.path, [times[number] for number in frames])
+            pictures = _seek(self.path, [times[index] for index in frames])
             if pictures is not None:
                 return iter(pictures)
         return self._from_the_start(frames)
@@ -169,7 +169,7 @@ def _times(path: Path) -> tuple[int | None, ...]:
 @lru_cache(maxsize=2000)
 def _read_times(path: Path, size: int, modified: int) -> tuple[int | None, ...]:
     times: list[int | None] = []
-    with _open(path) as (container, stream), suppress(av.FFmpegError):  # the file breaks off
+    with _open(path) as (container, stream), suppress(av.FFmpegError):  # a truncated file
         times.extend(packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
     known = [time for time in times if time is not None]
     return tuple(sorted(known)) if len(known) == len(times) else (None,) * len(times)
@@ -240,7 +240,7 @@ class ArrayVideo(Video):
 
     path: Path
     """The file."""
-    number: int
+    index: int
     """Which of the N."""
 
     @property
@@ -249,7 +249,7 @@ class ArrayVideo(Video):
 
     @property
     def part(self) -> str:
-        return str(self.number)
+        return str(self.index)
 
     def look(self) -> Look:
         frames, _, height, width = open_array(self.path).shape
@@ -259,10 +259,10 @@ class ArrayVideo(Video):
         return int(open_array(self.path).shape[0])
 
     def read(self, frames: range) -> Iterator[Frame]:
-        video = open_array(self.path)[:, self.number]
-        for number in frames:
-            if number < len(video):
-                yield np.array(video[number])[:, :, None]
+        video = open_array(self.path)[:, self.index]
+        for index in frames:
+            if index < len(video):
+                yield np.array(video[index])[:, :, None]
 
 
 def open_array(path: Path) -> np.ndarray:
@@ -311,9 +311,9 @@ class RecordVideo(Video):
 
     def read(self, frames: range) -> Iterator[Frame]:
         images = self._frames()
-        for number in frames:
-            if number < len(images):
-                yield np.frombuffer(images[number], np.uint8).reshape(BAIR_SIDE, BAIR_SIDE, 3)
+        for index in frames:
+            if index < len(images):
+                yield np.frombuffer(images[index], np.uint8).reshape(BAIR_SIDE, BAIR_SIDE, 3)
 
     def _frames(self) -> list[bytes]:
         with read_errors(str(self.path)):
@@ -331,4 +331,4 @@ class RecordVideo(Video):
                     images.append(bytes(value))
                 if images:
                     return images
-        raise UserError(f"{self.path}: a record without {BAIR_KEYS[0].format(0)}; give the TFRecords of BAIR")
+        raise UserError(f"{self.path}: a record without {BAIR_KEYS[0].format(0)}; use the TFRecords of BAIR")

@@ -29,7 +29,7 @@ class ContextOptions:
     sink_frames: int | None = None
     """First frames that are never evicted; the model's own by default."""
     timesteps: Sequence[float] = ()
-    """Timesteps of the denoising steps, for contexts that keep something per step."""
+    """Timesteps of the denoising steps, for contexts that store something per step."""
     fixed_frames: int | None = None
     """Window of the baseline ``fixed-window``."""
 
@@ -46,9 +46,9 @@ class Context(ABC):
     description: ClassVar[str]
     """One line."""
     exact: ClassVar[bool] = False
-    """Whether outputs equal those of ``cached`` until the window slides. ``bench`` and ``verify`` check it."""
+    """Whether outputs equal those of ``cached`` until the window slides. ``bench`` and ``verify`` check this."""
     caches: ClassVar[bool] = False
-    """Whether it keeps keys and values, so that shapes are the same in every chunk."""
+    """Whether it stores keys and values, so that shapes are the same in every chunk."""
     extendable: ClassVar[bool] = False
     """Whether it grows with the video instead of having a window."""
 
@@ -82,7 +82,7 @@ class Context(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes kept from chunk to chunk."""
+        """Bytes held from chunk to chunk."""
 
     @abstractmethod
     def append(self, latents: Tensor) -> None:

@@ -151,7 +151,7 @@ def generate(
         on_step: called with (chunk index, steps done).
 
     Raises:
-        UsageError: guidance for a model without text, or a video longer than positions that do not wrap.
+        UsageError: guidance for a model without text, or a video longer than the model's absolute positions.
     """
     model = context.model
     guidance_scale = 1.0 if caption is None else caption.guidance_scale
@@ -234,7 +234,7 @@ def _text_keys_values(model: CausalVideoTransformer, caption: Caption) -> list[T
         return model.text_keys_values(caption.embedding, caption.mask)
     stored = model.unconditional_caption(len(caption.embedding))
     if stored is None:
-        raise UsageError("caption: this model has no text, so there is nothing to guide")
+        raise UsageError("caption: this model takes no text, so there is nothing to guide")
     unconditional = stored[0].to(caption.embedding)
     return model.text_keys_values(torch.cat([caption.embedding, unconditional]), caption.mask.repeat(2, 1))
 

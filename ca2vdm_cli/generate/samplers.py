@@ -245,7 +245,7 @@ class DiffusersSampler(Sampler):
             import diffusers
         except ImportError:
             raise UsageError(
-                f"sampler: {name!r} is none of {', '.join(samplers)}; more with pip install 'ca2vdm[latent]'"
+                f"sampler: {name!r} is not one of {', '.join(samplers)}; pip install 'ca2vdm[latent]' adds more"
             ) from None
         if process.config.flow:
             raise UsageError(
@@ -254,7 +254,7 @@ class DiffusersSampler(Sampler):
         scheduler_class = getattr(diffusers, name, None)
         if name in _OTHER_PROCESSES or "trained_betas" not in _parameters(scheduler_class):
             raise UsageError(
-                f"sampler: {name!r} is none of {', '.join(samplers)}, nor a diffusers scheduler for this noise "
+                f"sampler: {name!r} is not one of {', '.join(samplers)}, nor a diffusers scheduler for this noise "
                 "process (such as UniPCMultistepScheduler)"
             )
         cumulative = process.cumulative

@@ -27,7 +27,7 @@ class FramePlan:
     positions: Tensor
     """(T,) or (B, T) int64: entries of the position table, or frame numbers for rope."""
     temporal_mask: Tensor | None
-    """(T, number of keys) bool: which frames a frame sees; None if every frame sees every frame."""
+    """(T, number of keys) bool: which keys each frame sees; None if every frame sees every key."""
     rotation: tuple[Tensor, Tensor] | None
     """rope: cosines and sines (T, E) of the frames' rotation."""
 
@@ -56,7 +56,7 @@ class CachePlan(FramePlan):
     """
 
     slots: Tensor
-    """(T,) int64: the ring's slots that take the frames' keys and values."""
+    """(T,) int64: the ring's slots that receive the frames' keys and values."""
     spatial_source: Tensor
     """int64: which of the T frames are written to the spatial cache..."""
     spatial_slots: Tensor
@@ -100,7 +100,7 @@ def sequence_plan(
 
 
 def _spatial_prefix(config: ModelConfig, clean_frames: int) -> list[int]:
-    """Which of the clean frames before a chunk prefix-enhanced attention looks at."""
+    """The clean frames before a chunk that prefix-enhanced attention looks at."""
     if config.spatial_prefix is SpatialPrefix.FIRST_FRAME:
         return [0][:clean_frames]
     return list(range(max(0, clean_frames - config.spatial_prefix_frames), clean_frames))
@@ -112,8 +112,8 @@ def parallel_plan(
     """The plan of one forward that trains all chunks of a clip: its clean frames once, then noisy copies of the chunks.
 
     Noisy chunk j sees itself and the clean frames that the cache would hold when the chunk is generated. A clean frame
-    sees what it saw when it was written to the cache. A clip longer than the window is thus trained under the same
-    eviction as long videos are generated with.
+    sees what it saw when it was written to the cache. So a clip longer than the window is trained under the same
+    eviction that applies when long videos are generated.
 
     Rope sinks shift along with the window, so each chunk after the window has slid gets copies of their keys, rotated
     as the cache would rotate them.

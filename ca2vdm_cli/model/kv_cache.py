@@ -1,8 +1,8 @@
 """The cache queue: keys and values of finished frames, computed once and read by every later denoising step.
 
 Ca2-VDM, section 3.3 (arXiv 2411.16375). The temporal queue is a ring of ``context_frames + chunk_frames`` slots. A
-chunk takes the slots of the frames that have just left the window: while it is denoised, its noisy keys are there; the
-clean write replaces them afterwards. Nothing is ever moved.
+chunk takes the slots of the frames that have just left the window: while it is denoised, they hold its noisy keys; the
+clean write replaces these afterwards. Nothing is ever moved.
 
 Shape letters: B batch, T frames of this forward, S tokens per frame, H heads, E head size, R slots of the temporal
 ring, K frames of the spatial prefix (0 without prefix-enhanced attention), M text tokens.
@@ -114,7 +114,7 @@ class KVCache:
         """The plan of a forward over the next ``frames`` frames: a noisy chunk, or a clean write.
 
         Raises:
-            UsageError: the ring has fewer free slots.
+            UsageError: the ring does not have that many free slots.
         """
         window, start = self.window, self.frames
         context = window.context(start)

@@ -76,7 +76,7 @@ def gelu(x: Tensor) -> Tensor:
     """tanh-GELU (Hendrycks & Gimpel 2016), x·(1 + tanh u)/2 with u = √(2/π)·(x + 0.044715·x³), which is x·σ(2u).
 
     On CPUs, PyTorch's tanh takes three times as long as its sigmoid. Half precision is computed in float32, part by
-    part, and rounded once, as PyTorch does it.
+    part, and rounded once, as PyTorch does.
     """
     if x.device.type != "cpu" or x.requires_grad:
         return F.gelu(x, approximate="tanh")

@@ -79,8 +79,8 @@ class TemporalWindow:
         """Raise ``UsageError`` if a video of this length (in whole chunks) does not fit the position table."""
         if self.longest is not None and frames > self.longest:
             raise UsageError(
-                f"frames: this model's absolute positions end after {self.longest} frames, made in whole chunks of "
-                f"{self.chunk_frames}; ask for fewer, or use a model with cyclic or rope positions"
+                f"frames: this model's absolute positions allow at most {self.longest} frames in whole chunks of "
+                f"{self.chunk_frames}; request fewer, or use a model with cyclic or rope positions"
             )
 
     def context(self, start: int) -> list[int]:

@@ -136,7 +136,8 @@ class CausalVideoTransformer(nn.Module):
         self(clean, clean.new_zeros(clean.shape[0]), cache.plan(clean.shape[2], clean=True), cache, text)
 
     def context_plan(self, noisy_frames: int, start: int, window: TemporalWindow) -> SequencePlan:
-        """The plan of a forward without a cache: the window before frame ``start``, then noisy frames from there on."""
+        """The plan of a forward without a cache: the window before frame ``start``, then noisy frames from ``start``
+        on."""
         context = window.context(start)
         positions = torch.tensor([window.position(f, start) for f in [*context, *range(start, start + noisy_frames)]])
         full = len(context) == window.context_frames
@@ -185,7 +186,7 @@ class CausalVideoTransformer(nn.Module):
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def _initialize(self) -> None:
-        """All initialisation in one place. Branches that are added to a pretrained image model start at zero."""
+        """All initialization in one place. Branches that are added to a pretrained image model start at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -33,7 +33,7 @@ def train_autoencoder(
 ) -> None:
     """Train on crops of ``source``, fix the latents' mean and variance, then train only the decoder on whole frames.
 
-    An autoencoder whose encoder has no weights is trained in the second way only.
+    If the encoder has no weights, only the second part takes place.
 
     Args:
         autoencoder: trained in place.

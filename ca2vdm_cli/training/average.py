@@ -31,8 +31,8 @@ class WeightAverage:
         """Include the weights after step number ``step``; early steps count more, so the random start fades quickly."""
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = merged(self.model)
-        for kind in {type(value) for value in self.tensors.values()}:  # FSDP shards parameters, but not buffers
-            keys = [key for key, value in self.tensors.items() if type(value) is kind and value.is_floating_point()]
+        for cls in {type(value) for value in self.tensors.values()}:  # FSDP shards parameters, but not buffers
+            keys = [key for key, value in self.tensors.items() if type(value) is cls and value.is_floating_point()]
             if keys:
                 averages = [self.tensors[key] for key in keys]
                 torch._foreach_lerp_(averages, [weights[key].detach() for key in keys], 1 - decay)

@@ -1,7 +1,7 @@
 """A run's batches: which clips a step takes, how long they are, and their latents and text embeddings.
 
 All randomness of step n is drawn from (seed, n), and that of a clip from (seed, its number). A resumed run therefore
-sees the batches that an uninterrupted one would have seen, and several processes together those of a single one.
+sees the batches that an uninterrupted one would have seen, and several processes together see those of a single one.
 
 Shape letters: B clips of one forward of one process, C channels, T frames, H, W pixels, c, h, w of latents, M text
 tokens.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CLIP, STEP, ROLLOUT, TEXT = 1, 2, 3, 4
-"""What random numbers are for: a clip's noise, a step's prefix length, a clip's rollout, or its text dropout."""
+"""Purposes of random numbers: a clip's noise, a step's prefix length, a clip's rollout, or its text dropout."""
 
 
 def seeded_generator(seed: int, purpose: int, index: int) -> torch.Generator:
@@ -75,7 +75,7 @@ class Batches:
         seed: seed of all randomness.
 
     Raises:
-        UsageError: the batch size is not divisible by the processes.
+        UsageError: the batch size is not divisible by the number of processes.
     """
 
     def __init__(self, preset: Preset, data: TrainingData, accelerator: Accelerator, seed: int) -> None:
@@ -84,8 +84,8 @@ class Batches:
         shares = processes * training.accumulation
         if training.batch_size % shares:
             raise UsageError(
-                f"training.batch_size: {training.batch_size} must be a multiple of {shares}, the processes "
-                f"({processes}) times training.accumulation ({training.accumulation})"
+                f"training.batch_size: {training.batch_size} must be a multiple of {shares}, the number of "
+                f"processes ({processes}) times training.accumulation ({training.accumulation})"
             )
         self.size = training.batch_size // shares
         """B."""

@@ -1,4 +1,4 @@
-"""What training calls as it goes."""
+"""Callbacks during training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ SMOOTHED_STEPS = 50
 
 
 class TrainingCallbacks:
-    """What ``train`` calls as it goes, in the main process only. Override the methods that you need."""
+    """Methods that ``train`` calls during training, in the main process only. Override those that you need."""
 
     def note(self, message: str) -> None:
-        """Called with a line worth reading, such as a damaged checkpoint that was skipped."""
+        """Called with a message for the user, for example about a damaged checkpoint that was skipped."""
 
     def on_autoencoder_step(self, step: int, steps: int, loss: float) -> None:
         """Called after each step of training the autoencoder, if it has no weights yet."""

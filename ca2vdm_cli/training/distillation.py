@@ -1,10 +1,10 @@
 """Few-step distillation: a student that samples in N steps, from a teacher that needs many.
 
-Multistep consistency (Heek et al. 2024, after Song et al. 2023): the noise range is cut into N parts. From any point of
-a part, the student should jump to the same point at the part's end. Its target is one step of the teacher, followed by
-the student's own jump from there, without a gradient. With several parts the student need not map pure noise to latents
-in one jump. Its samples approximate the teacher's for the same noise, so that the two can be compared frame by frame,
-and unlike distribution matching, no second network has to be trained.
+Multistep consistency (Heek et al. 2024, after Song et al. 2023): the noise range is divided into N parts. From any
+point of a part, the student should jump to where the teacher's path leaves that part. Its target is one step of the
+teacher, followed by the student's own jump from there, without a gradient. With several parts the student need not map
+pure noise to latents in one jump. Its samples approximate the teacher's for the same noise, so that the two can be
+compared frame by frame, and unlike distribution matching, no second network has to be trained.
 
 Shapes: noisy chunks (N, C, l, h, w) with timesteps (N,), N = B·J.
 """
@@ -71,14 +71,14 @@ class Distillation(Objective):
         return replace(draw, timestep=self._grid[index])
 
     @torch.no_grad()
-    def target(self, latents: Tensor, noise: Tensor, x: Tensor, timestep: Tensor, ask: Predict) -> Tensor:
-        """The prediction whose jump ends where one step of the teacher and then the student's own jump end."""
+    def target(self, latents: Tensor, noise: Tensor, x: Tensor, timestep: Tensor, predict: Predict) -> Tensor:
+        """The prediction for which the student's jump ends where one teacher step plus the student's own jump end."""
         index = torch.searchsorted(-self._grid, -timestep)
         after, end = self._next[index], self._end[index]
-        closer = self._jump(ask(self._teacher[0], x, timestep), x, timestep, after)
+        closer = self._jump(predict(self._teacher[0], x, timestep), x, timestep, after)
         arrived = (after == end).view(-1, 1, 1, 1, 1).to(x.device)
         before = after.clamp(min=0)
-        goal = torch.where(arrived, closer, self._jump(ask(self.model, closer, before), closer, before, end))
+        goal = torch.where(arrived, closer, self._jump(predict(self.model, closer, before), closer, before, end))
         (alpha, sigma), (alpha_end, sigma_end) = self._tables(timestep, x), self._tables(end, x)
         ratio = sigma_end / sigma
         predicted = (goal - ratio * x) / (alpha_end - ratio * alpha)  # latents
@@ -99,8 +99,8 @@ class Distillation(Objective):
 def noise_parts(process: NoiseProcess, config: DistillationConfig, last_timestep: int = 0) -> list[list[int]]:
     """The teacher's timesteps in each of the N parts of the noise range, noisiest first.
 
-    Each part begins where a step of the student's sampler begins. With ``log-snr``, each part is again cut evenly in
-    log SNR, except the last, from ``last_timestep`` to clean latents, which the teacher also crosses in one step.
+    Each part begins where a step of the student's sampler begins. With ``log-snr``, each part is again divided evenly
+    in log SNR, except the last, from ``last_timestep`` to clean latents, which the teacher also crosses in one step.
     """
     part_steps = config.teacher_steps // config.steps
     if config.sampler is DistillationSampler.TRAILING:

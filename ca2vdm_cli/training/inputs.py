@@ -1,4 +1,4 @@
-"""What a run is trained on: clips, the encoders that they need, and what a resumed run remembers of them."""
+"""What a run is trained on: clips, the encoders that they need, and what a resumed run remembers about them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LARGEST_SEED = 2**63 - 1
 HELD_OUT = 1_000_003
-"""Added to the seed for synthetic clips that are not trained on."""
+"""Added to the seed of held-out synthetic clips."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,13 @@ class Inputs:
         """The inputs of the run to resume, except for what is given now.
 
         Raises:
-            UsageError: another seed than the run's, no such teacher, or a clip source that can't be restored.
+            UsageError: a seed that differs from the run's, no such teacher, or a clip source that can't be restored.
         """
         facts = {} if last is None else last.facts
         if not 0 <= self.seed <= LARGEST_SEED:
             raise UsageError(f"seed: {self.seed} must be from 0 to {LARGEST_SEED}")
         if self.given_seed is not None and facts.get("seed", str(self.given_seed)) != str(self.given_seed):
-            raise UsageError(
-                f"seed: {self.given_seed} is not the resumed run's, which has seed {facts['seed']}; leave it out"
-            )
+            raise UsageError(f"seed: {self.given_seed} is not the resumed run's seed, {facts['seed']}; leave it out")
         teacher = self.teacher or facts.get("teacher")
         if teacher is not None and not Path(teacher).exists():
             raise UsageError(f"teacher: {teacher}: no such file or folder; name the teacher's weights, or its run")
@@ -72,7 +70,7 @@ class Inputs:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a checkpoint remembers of them."""
+        """What a checkpoint remembers about them."""
         paths = {
             "origin": self.data,
             "validation": self.validation_data,
@@ -106,7 +104,7 @@ def open_source(data: str | Path | ClipSource | None, config: Preset, seed: int,
     """Clips of a data set, of an object, or of the preset's synthetic data.
 
     Raises:
-        UsageError: no such data set, or an object whose clips don't fit the preset.
+        UsageError: no such data set, or the object's clips don't fit the preset.
     """
     if data is None or isinstance(data, (str, Path)):
         return open_clips(None if data is None else Path(data), config, seed, config.clip_frames)
@@ -141,7 +139,7 @@ def training_data(
     *,
     reuse: bool,
 ) -> TrainingData:
-    """The clips, as cached latents if asked for, with the autoencoder and the text encoder."""
+    """The clips (as cached latents if requested), the autoencoder and the text encoder."""
     accelerator, clips = machine.accelerator, source
     with accelerator.main_process_first():  # it trains and writes the autoencoder, the others read it
         reuse = reuse or not accelerator.is_main_process

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2021): a frozen matrix W is used as W + alpha / rank · up · down.
 
 An adapter is a parametrization of the weight itself, so that every reader of a weight gets the adapted one. Wrapper
-layers, as in peft, would be bypassed: attention takes the rows of ``qkv.weight`` that it needs and never calls ``qkv``.
+layers, as in peft, would be bypassed: attention reads the rows of ``qkv.weight`` that it needs and never calls ``qkv``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ca2vdm_cli.model.transformer import CausalVideoTransformer
 
 @dataclass(frozen=True)
 class Draw:
-    """The random numbers of a batch. Those of a clip don't depend on the batch that it is in."""
+    """The random numbers of a batch. A clip's numbers don't depend on its batch."""
 
     timestep: Tensor
     """(B, J) int64: timesteps of the noisy chunks."""
@@ -82,7 +82,7 @@ class Objective(nn.Module):
         offset = torch.rand(1, generator=generator)
         return Draw(timestep[None], noise[None], level[None], prefix_noise[None], offset[None])
 
-    def target(self, latents: Tensor, noise: Tensor, x: Tensor, timestep: Tensor, ask: Predict) -> Tensor:
+    def target(self, latents: Tensor, noise: Tensor, x: Tensor, timestep: Tensor, predict: Predict) -> Tensor:
         """What the network should predict for x; all (B*J, C, l, h, w) with timesteps (B*J,)."""
         return self.process.target(latents, noise, timestep)
 
@@ -131,15 +131,15 @@ class Objective(nn.Module):
             plan = replace(plan, positions=(plan.positions + offset) % window.table)
         keys_values = self.model.text_keys_values(*text) if text is not None else []
 
-        def ask(model: CausalVideoTransformer, x: Tensor, timestep: Tensor) -> Tensor:
+        def predict(model: CausalVideoTransformer, x: Tensor, timestep: Tensor) -> Tensor:
             own = keys_values if model is self.model or text is None else model.text_keys_values(*text)
             noisy = x.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)  # (B, C, J*l, h, w)
             steps = timestep.view(batch, chunks).to(clip.device)
             return _by_chunk(model(torch.cat([context, noisy], dim=2), steps, plan, text=own).float(), chunks)
 
-        out = ask(self.model, x, timestep)
+        out = predict(self.model, x, timestep)
         prediction, variance = out[:, : config.in_channels], out[:, config.in_channels :]
-        target = self.target(latents, noise, x, timestep, ask)
+        target = self.target(latents, noise, x, timestep, predict)
         mse = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)  # (B*J,)
         terms, loss = {"mse": mse}, mse.mean()
         if config.learn_variance:

@@ -29,7 +29,7 @@ def learning_rate_share(step: int, training: TrainingConfig) -> float:
 
 
 def make_optimizers(model: nn.Module, training: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
-    """By name: AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
+    """The optimizers by name: AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if training.optimizer is Optimizer.MUON:
@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Approximately U·Vᵀ for a matrix U·S·Vᵀ (n, m): products alone bring its singular values close to 1."""
+    """Approximately U·Vᵀ for a matrix U·S·Vᵀ (n, m): matrix products alone bring its singular values close to 1."""
     x = matrix.bfloat16() if native_bfloat16(matrix.device) else matrix.float()
     tall = x.shape[0] > x.shape[1]
     if tall:

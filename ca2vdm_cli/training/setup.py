@@ -42,9 +42,9 @@ class TrainingResult:
     """Results of ``train``."""
 
     folder: Path
-    """The run: ``Pipeline.load(result.folder)`` samples it."""
+    """The run's folder, which ``Pipeline.load(result.folder)`` loads for sampling."""
     steps: int
-    """Steps done, those of earlier runs included."""
+    """Steps done, including those of earlier runs."""
     steps_this_run: int
     loss: float | None
     """Mean loss of the last ``SMOOTHED_STEPS`` steps; None if no step was left to do."""
@@ -85,7 +85,7 @@ def train(
         print(f"loss {result.loss:.3f} after {result.steps} steps")
         pipeline = ca2vdm_cli.Pipeline.load(result.folder)
 
-    An interrupt (Ctrl-C) takes effect after the current step, whose checkpoint can be resumed. Under ``accelerate
+    An interrupt (Ctrl-C) takes effect after the current step, with a checkpoint to resume from. Under ``accelerate
     launch`` or ``torchrun``, every process calls this function with the same arguments.
 
     Args:
@@ -95,10 +95,11 @@ def train(
             processes if ``data.workers`` is set). By default, the resumed run's, or the preset's synthetic data.
         out: folder of the run; created if needed. It becomes a preset that can be sampled.
         overrides: changes to the preset: ``{"model.depth": 4}``, or ``["model.depth=4"]``, or nested dicts.
-        steps: the last optimizer step, resumed ones included; by default ``training.steps``.
+        steps: the last optimizer step, counted from the start of the run even if it is resumed; by default
+            ``training.steps``.
         seed: seed of all randomness; by default 0, or the resumed run's.
         checkpoint: weights to start from (fine-tuning): a safetensors file, or a run's folder, which brings its preset.
-        widen: start from the weights made twice as wide, and train a model of twice the width.
+        widen: double the width of the starting weights, without changing what they compute, and train that model.
         teacher: weights or run of a trained model, to distill into one that needs few steps.
         resume: continue the run in ``out`` from its newest checkpoint, with its own settings, data and seed unless
             given here.
@@ -107,10 +108,10 @@ def train(
         cache_latents: folder for the latents of all videos, which are then encoded only once.
         backend: attention backend, or ``auto`` for the best available one.
         device: a device's name, or ``auto``.
-        callbacks: gets notes and progress.
+        callbacks: receives notes and progress.
 
     Raises:
-        UsageError: a wrong request: unknown names, files that don't exist, settings that don't go together, ``out``
+        UsageError: an invalid request: unknown names, files that don't exist, settings that don't go together, ``out``
             that holds a run already.
         UserError: training failed: unusable data, weights that don't fit, a gradient that is not finite, a full disk.
         KeyboardInterrupt: after an interrupt, once the checkpoint is written.
@@ -124,7 +125,7 @@ def train(
         RunFolder(out).publish(last.folder)  # a killed run may not have got that far
     inputs = Inputs(data, validation_data, cache_latents, teacher, seed).resumed(last)
     if widen and (resume or inputs.teacher is not None):
-        raise UsageError("widen: it starts a run of its own; leave out resume and teacher")
+        raise UsageError("widen: this starts a new run; leave out resume and teacher")
     if last is None:
         preset, checkpoint = _starting_point(preset, checkpoint, inputs.teacher)
     elif preset is None and checkpoint is None:
@@ -219,10 +220,10 @@ def _resumed_checkpoint(out: Path, callbacks: TrainingCallbacks) -> Checkpoint:
 
 
 def _check_new_folder(out: Path) -> None:
-    """Refuse a folder that can't be used, before anything is made.
+    """Reject an unusable folder before anything is created.
 
     Raises:
-        UsageError: a run or weights would be overwritten, or it is no folder that can be written to.
+        UsageError: a run or weights would be overwritten, or it is not a writable folder.
     """
     if RunFolder(out).begun:
         raise UsageError(f"out: {out} already holds a run; resume it, or choose another folder")
@@ -277,7 +278,7 @@ def _settled(loaded: LoadedPreset, *, widen: bool, distill: bool, starts: bool) 
     """
     config = loaded.config
     if config.video is None:
-        raise UsageError(f"preset {loaded.name}: it works on latents only, and there is no data for those")
+        raise UsageError(f"preset {loaded.name}: it works on latents only; choose a preset with a video section")
     if config.training.trainable is not Trainable.ALL and not starts:
         trainable = config.training.trainable.value
         raise UsageError(f"training.trainable: {trainable} needs weights to start from; give a checkpoint")
@@ -304,7 +305,7 @@ def _settled(loaded: LoadedPreset, *, widen: bool, distill: bool, starts: bool) 
 
 
 def _leaves_parameters_unused(config: Preset) -> bool:
-    """Whether in some steps there are parameters without a gradient: those that read a prefix, when it is empty."""
+    """Whether some steps leave parameters without a gradient: those that read the prefix, when it is empty."""
     first_chunk_alone = config.training.first_chunk_share > 0
     return any(prefix == 0 and (first_chunk_alone or config.chunks(prefix) == 1) for prefix in config.prefixes)
 

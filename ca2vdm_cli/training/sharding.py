@@ -59,7 +59,7 @@ class Sharding:
         return forward, dict(zip(optimizers, prepared, strict=True))
 
     def accumulate(self, forward: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """Context of one forward and backward pass; processes exchange gradients in the ``last`` of a step only."""
+        """Context of one forward and backward pass; gradients are exchanged only in the ``last`` one of a step."""
         return nullcontext() if last else self.accelerator.no_sync(forward)
 
     def parameters(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -147,7 +147,7 @@ class DeepSpeedSharding(Sharding):
         return super().prepare(objective, optimizers, training, share)
 
     def configure(self, training: TrainingConfig, share: int) -> None:
-        """Put the preset's settings into DeepSpeed's configuration; its own say how state is sharded.
+        """Put the preset's settings into DeepSpeed's configuration; its own settings say how state is sharded.
 
         Raises:
             UsageError: a configuration that is not supported.
@@ -163,7 +163,9 @@ class DeepSpeedSharding(Sharding):
             if section in settings:
                 raise UsageError(f"DeepSpeed: the preset sets the {section}; leave it out of the configuration")
         if training.optimizer is not Optimizer.ADAMW:
-            raise UsageError(f"DeepSpeed: it does not support {training.optimizer.value}; set training.optimizer=adamw")
+            raise UsageError(
+                f"DeepSpeed: it does not support the optimizer {training.optimizer.value}; set training.optimizer=adamw"
+            )
         settings.update(
             train_micro_batch_size_per_gpu=share,
             gradient_accumulation_steps=1,  # the trainer accumulates
@@ -182,7 +184,7 @@ class DeepSpeedSharding(Sharding):
         return super().accumulate(forward, last=last)
 
     def parameters(self, optimizer: Any) -> list[Tensor]:
-        """The model's parameters; DeepSpeed's own groups have shares of these."""
+        """The model's parameters; DeepSpeed's own groups hold shares of these."""
         return [parameter for group in optimizer.optimizer.bit16_groups for parameter in group]
 
     def moments(self, optimizer: Any) -> Moments:
@@ -223,7 +225,7 @@ class DeepSpeedSharding(Sharding):
 
 
 def make_sharding(accelerator: Accelerator) -> Sharding:
-    """What the launcher asked for.
+    """The kind of sharding that the launcher selected.
 
     Raises:
         UsageError: a kind of sharding that does not fit the model.

@@ -41,7 +41,7 @@ class TrainingState:
         return self.sharding.gather(self.average.tensors.items())
 
     def start_from(self, weights: dict[str, Tensor], source: str) -> None:
-        """Replace the random weights by given ones (fine-tuning), under the names of a model without adapters."""
+        """Replace the random weights with given ones (fine-tuning), under the names of a model without adapters."""
         self._load_weights(split(self.model, weights), source)
         self.average.restart()
 

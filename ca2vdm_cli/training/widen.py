@@ -50,13 +50,13 @@ def widen(narrow: Mapping[str, Tensor], config: ModelConfig, generator: torch.Ge
 
 
 def widened(weights: dict[str, Tensor], config: ModelConfig, seed: int, source: str) -> dict[str, Tensor]:
-    """Weights of a narrow model, checked and widened.
+    """Check and widen the weights of a narrow model.
 
     Args:
         weights: the narrow model's.
         config: the narrow model's sizes; the result fits ``wider(config)``.
         seed: seed of the shares.
-        source: what to name in errors.
+        source: where the weights come from, for errors.
 
     Raises:
         UserError: the weights don't fit the narrow model.

@@ -29,7 +29,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".
 MAX_PIXELS = 2**27
 """Largest frame (134 megapixels). A file that claims more is broken or hostile."""
 MAX_RATE = 1000
-"""Highest plausible frame rate. A file that claims more does not know its rate."""
+"""Highest plausible frame rate. If a file claims more, its rate is unknown."""
 EXACT_COLOURS = 0x4 | 0x2000 | 0x4000 | 0x40000
 """swscale flags: bicubic, full chroma, exact rounding. The defaults darken a picture by one level per conversion."""
 
@@ -139,10 +139,10 @@ _LIBRARY_ERRORS = (av.FFmpegError, cv2.error, OSError, ValueError, OverflowError
 
 
 def read_errors(name: str, advice: str = "") -> AbstractContextManager[None]:
-    """Turn what the libraries raise while they read a file into a ``UserError`` of one line."""
+    """Turn the libraries' errors in reading a file into a one-line ``UserError``."""
     return as_user_error(f"{name}: cannot be read", advice, _LIBRARY_ERRORS)
 
 
 def write_errors(name: str) -> AbstractContextManager[None]:
-    """Turn what the libraries raise while they write a file into a ``UserError`` of one line."""
+    """Turn the libraries' errors in writing a file into a one-line ``UserError``."""
     return as_user_error(f"{name}: cannot be written", "check permissions, free space and frame size", _LIBRARY_ERRORS)

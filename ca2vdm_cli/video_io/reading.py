@@ -1,7 +1,7 @@
 """Reading videos one frame at a time with FFmpeg (PyAV).
 
-Paths are not trusted: FFmpeg gets open files, so a name is never taken for a protocol or a pattern; nothing inside a
-file can make FFmpeg open another; and nothing is unpickled.
+Paths are not trusted: FFmpeg gets open files, so a name is never interpreted as a protocol or a pattern; nothing inside
+a file can make FFmpeg open another; and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ STDIN = "standard input"
 FFmpegCall = Callable[[], AbstractContextManager[None]]
 ADVICE = "give a video that FFmpeg plays, images of one size, or an .npz"
 POLL_SECONDS = 0.1
-"""How often a read from a pipe looks for an interrupt while no data arrives."""
+"""How often a read from a pipe checks for an interrupt while no data arrives."""
 
 
 class VideoReader:
-    """The frames of a video, image, folder or archive, in order and once: uint8 RGB (height, width, 3).
+    """Iterates over the frames of a video, image, folder or archive once, in order: uint8 RGB (height, width, 3).
 
-    Made by ``open_reader``. The first frame is decoded at once, so a reader has at least one frame. A damaged or
-    truncated file gives the frames that can be decoded. Every frame is given once, even if the frame rate varies. If
+    Created by ``open_reader``. The first frame is decoded at once, so a reader has at least one frame. A damaged or
+    truncated file gives the frames that can be decoded. Each frame is returned once, even if the frame rate varies. If
     the frame size changes midway, frames are resized to the size of the first.
 
     Attributes:
@@ -153,7 +153,7 @@ def open_stream(file: BinaryIO) -> Iterator[tuple[InputContainer, VideoStream, F
 
     Yields:
         The container, its best video stream, and a context manager for each call that reads from the container: it
-        raises what went wrong, or a Ctrl-C, while FFmpeg was reading a pipe.
+            raises any error or Ctrl-C that occurred while FFmpeg was reading a pipe.
 
     Raises:
         ValueError: there is no video in it, or its frames are too large.
@@ -177,8 +177,8 @@ def open_stream(file: BinaryIO) -> Iterator[tuple[InputContainer, VideoStream, F
 class _Pipe:
     """A pipe as FFmpeg reads it: no seeking, and each read returns what has arrived.
 
-    PyAV loses or prints what is raised while FFmpeg calls back. So ``read`` raises nothing, interrupts are held, and
-    ``call`` raises afterwards.
+    PyAV loses or prints exceptions that are raised in FFmpeg's callbacks. So ``read`` raises nothing, interrupts are
+    held, and ``call`` raises afterwards.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -197,7 +197,7 @@ class _Pipe:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Around a call into FFmpeg."""
+        """Wrap a call into FFmpeg: hold interrupts, and raise afterwards what ``read`` could not."""
         with held_interrupts() as self._interrupted:
             try:
                 yield
@@ -209,18 +209,18 @@ class _Pipe:
 
 
 def _open_video(name: str, path: Path | None) -> VideoReader:
-    """Opens what FFmpeg can read in a file or, without a path, on standard input."""
+    """Open a video that FFmpeg can read from a file or, without a path, from standard input."""
     with ExitStack() as stack, read_errors(name, ADVICE):
         file: BinaryIO = stack.enter_context(path.open("rb")) if path else sys.stdin.buffer
         container, stream, call = stack.enter_context(open_stream(file))
-        still = container.format.name.endswith("_pipe")  # an image, whose rate and length FFmpeg makes up
+        still = container.format.name.endswith("_pipe")  # an image; FFmpeg invents a rate and length for it
         fps, count = (None, 1) if still else (_rate(stream), stream.frames or None)
         frames = _decode(name, _packets(container, stream, call), stream, stack.pop_all())
     return VideoReader(name, frames, fps, count)
 
 
 def _packets(container: InputContainer, stream: VideoStream, call: FFmpegCall) -> Iterator[Packet[VideoStream] | None]:
-    """The packets until the file ends or breaks off; then None, for which the decoder returns what it still holds."""
+    """The packets until the file ends or is cut off; then None, which makes the decoder return what it still holds."""
     packets = container.demux(stream)
     with suppress(av.FFmpegError):
         while True:

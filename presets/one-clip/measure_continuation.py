@@ -1,7 +1,7 @@
-"""Hold out the end of a video, and compare a continuation with it, next to repeating the last frame.
+"""Hold out the end of a video, and compare a generated continuation, and the last frame repeated, with it.
 
 python presets/one-clip/measure_continuation.py clip.mp4 --hold-out 25 --cut head.y4m       # all but the last 25 frames
-python presets/one-clip/measure_continuation.py clip.mp4 --hold-out 25 --made new.npz --frames 8
+python presets/one-clip/measure_continuation.py clip.mp4 --hold-out 25 --generated new.npz --frames 8
 
 PSNR is computed from the mean squared error over all frames and channels, in dB, at the video's own size.
 """
@@ -21,12 +21,12 @@ from ca2vdm_cli.video_io import open_reader, open_writer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Cut or compare; the exit code is 1 if repeating the last frame is closer."""
+    """Cut or compare; returns the exit code, which is 1 if repeating the last frame is closer."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("video", help="the whole video")
     parser.add_argument("--hold-out", type=int, default=25, help="frames to hold out at its end")
     parser.add_argument("--cut", help="write the frames before these to this file")
-    parser.add_argument("--made", help="the generated continuation (extend --only-new)")
+    parser.add_argument("--generated", help="the generated continuation (extend --only-new)")
     parser.add_argument("--frames", type=int, default=8, help="new frames to compare")
     args = parser.parse_args(arguments)
     try:
@@ -42,12 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with open_writer(args.cut, fps=fps or 25) as writer:
                 for frame in head:
                     writer.write(frame)
-        if not args.made:
+        if not args.generated:
             return 0
-        with open_reader(args.made) as reader:
+        with open_reader(args.generated) as reader:
             generated = np.stack([frame for frame, _ in zip(reader, truth, strict=False)])
         if generated.shape != truth.shape:
-            raise UsageError(f"--made {args.made}: shape {generated.shape} must be {truth.shape}")
+            raise UsageError(f"--generated {args.generated}: shape {generated.shape} must be {truth.shape}")
     except UserError as error:
         print_error(error)
         return error.exit_code

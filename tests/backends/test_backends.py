@@ -39,7 +39,7 @@ def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("block", [1, 40, 150, 10**6])  # one query, a few, a few sequences, everything
 @pytest.mark.parametrize("mask", MASKS)
 def test_blocks_are_exact(mask: str, block: int, monkeypatch: pytest.MonkeyPatch, with_bfloat16: None) -> None:
-    """However many sequences or queries are in a block."""
+    """No matter how many sequences or queries are in a block."""
     monkeypatch.setattr(sdpa, "BLOCK", block)
     monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", None)  # not called
     generator = torch.Generator().manual_seed(0)

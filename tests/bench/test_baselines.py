@@ -1,4 +1,4 @@
-"""The benchmark's baselines: each sees and keeps what it should.
+"""The benchmark's baselines: each sees and stores the right frames.
 
 Window of 6 frames, chunks of 2 (see conftest.py).
 """

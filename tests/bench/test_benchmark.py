@@ -1,4 +1,4 @@
-"""The benchmark: what its figures consist of, what the verdict says, and the files it writes."""
+"""The benchmark: its figures, its verdict, and the files it writes."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_exactness_of_the_same_run(report: dict[str, Any]) -> None:
 
 
 def test_growth_with_frames(capsys: pytest.CaptureFixture[str]) -> None:
-    """Counted in operations, on which other work has no effect: a growing context is quadratic, the cache linear."""
+    """Counted in operations, which other programs can't affect: a growing context is quadratic, the cache linear."""
     arguments = ["--compare", ALL, "--frames", "96", "--steps", "1", "--set", "model.depth=3"]
     growth = run(capsys, *arguments)["growth"]["frames"]
     exponents = {name: curve["flops_exponent"] for name, curve in growth.items()}
@@ -179,7 +179,7 @@ def test_growth_with_context(report: dict[str, Any]) -> None:
 
 
 def test_window_longer_than_the_position_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Random weights were trained on no positions, so the table grows; trained weights keep theirs."""
+    """With random weights, the position table grows; trained weights keep theirs."""
     assert run(capsys, "--context-frames", "20", "--frames", "4")["context_frames"] == 20
     assert main(["train", "--preset", "tiny", "--steps", "1", "--out", "run", "-q", "--device", "cpu"]) == 0
     assert main([*TINY[:1], "--preset", "run", "--context-frames", "20"]) == 2
@@ -191,12 +191,12 @@ def test_window_longer_than_the_position_table(capsys: pytest.CaptureFixture[str
     [
         (
             "recompute",
-            r"cached is \d+\.\d\d× \w+ than recompute at a 9-frame window and 2 steps a chunk; outputs equal .*",
+            r"cached is \d+\.\d\d× \w+ than recompute at a 9-frame window and 2 steps per chunk; outputs equal .*",
         ),
         ("cached", r"cached alone was measured; outputs not compared .*"),
         (
             "per-step-cache",
-            r"cached is .* than per-step-cache at a 9-frame window and 2 steps a chunk; 2× less cache memory than .*",
+            r"cached is .* than per-step-cache at a 9-frame window and 2 steps per chunk; 2× less cache memory than .*",
         ),
     ],
 )
@@ -231,7 +231,7 @@ def test_verdict_says_what_is_slower_and_what_differs() -> None:
     )
     assert verdict(changed) == (
         "cached is 4.03× faster than recompute, 5.00× than bidirectional and 1.25× slower than per-step-cache at a "
-        "9-frame window and 2 steps a chunk; 2× less cache memory than per-step-cache; outputs DIFFER by 2.5e-01 "
+        "9-frame window and 2 steps per chunk; 2× less cache memory than per-step-cache; outputs DIFFER by 2.5e-01 "
         "before the window slides"
     )
 
@@ -306,7 +306,7 @@ def test_html_has_no_external_resources(written: Path, report: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
-def test_plots_are_of_the_format_that_the_suffix_says(written: Path, suffix: str, start: bytes) -> None:
+def test_plots_have_the_format_of_the_suffix(written: Path, suffix: str, start: bytes) -> None:
     assert (written / f"out{suffix}").read_bytes().startswith(start)
 
 

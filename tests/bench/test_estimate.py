@@ -55,7 +55,8 @@ def test_bytes_and_operations_equal_those_of_the_benchmark(report: Callable[...,
 def test_memory_is_close_to_what_the_benchmark_measures(
     report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the model alone, with an allocator that returns freed memory at once: what others keep varies."""
+    """For the model alone, with an allocator that returns freed memory at once; other allocators retain varying
+    amounts."""
     request = ["--preset", "bench-small", "--set", "model.depth=4", "--set", "model.hidden_size=192"]
     request += ["--frames", "16", "--steps", "1"]
     monkeypatch.setattr(estimate, "HEAP", 1.0)
@@ -78,7 +79,7 @@ def test_simulation_counts_only_tensors_that_are_alive(report: Callable[..., Any
 
 
 def test_time_of_a_video_is_about_right(report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a factor of four, since the machine may do other work."""
+    """Within a factor of four, since the machine may be busy."""
     monkeypatch.setattr(estimate, "MEASURE_SECONDS", 0.3)
     request = [*MEDIUM, "--frames", "24", "--steps", "2"]
     estimated = report("plan", *request, "--set", "model.depth=6")
@@ -181,18 +182,21 @@ def test_large_autoencoder_and_text_encoder_are_left_out(report: Callable[..., A
     ]
 
 
-def test_wrong_requests(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_requests(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, line in (
         (["--context-frames", "20"], "context frames: 20 is more than the 9 of the model's position table"),
-        (["--sampler", "none"], "sampler: 'none' is none of"),
-        (["--set", "model.temporal_positions=absolute", "--frames", "14"], "absolute positions end after 13 frames"),
+        (["--sampler", "none"], "sampler: 'none' is not one of"),
+        (
+            ["--set", "model.temporal_positions=absolute", "--frames", "14"],
+            "positions allow at most 13 frames",
+        ),
     ):
         assert main(["plan", "--preset", "tiny", *RUN, *arguments]) == 2
         assert line in capsys.readouterr().err
 
 
 def test_other_dtypes(report: Callable[..., Any]) -> None:
-    """Half the bytes for the same kernels, except parts of GELU; PyTorch's default dtype is restored."""
+    """The same kernels take half the bytes, except for parts of GELU; PyTorch's default dtype is restored."""
     request = [*MEDIUM, "--frames", "4", "--backend", "eager"]
     whole, half = (report("plan", *request, "--dtype", dtype) for dtype in ("float32", "bfloat16"))
     assert half["cache_bytes"] * 2 == whole["cache_bytes"]

@@ -66,8 +66,8 @@ def test_it_is_measured_and_its_outputs_are_compared(report: Report) -> None:
         assert f"<td>{name}</td>" in Path("out.html").read_text() and f",{name}," in Path("out.csv").read_text()
 
 
-def test_formulas_hold_only_for_what_they_were_made_for(report: Report) -> None:
-    """None for a cache of the user's own; what recomputes costs what recomputing costs."""
+def test_formulas_are_used_only_for_contexts_that_they_describe(report: Report) -> None:
+    """A user's own cache has no formula; a context that recomputes has the formula of recomputing."""
     result = report("bench", *TINY, "--compare", "my-cache,my-recompute", "--frames", 8)
     cache, recompute = (result["results"][name] for name in ("my-cache", "my-recompute"))
     formulas = ("flops_per_step_by_formula", "cache_write_flops_by_formula", "cache_bytes_by_formula", "flops_error")

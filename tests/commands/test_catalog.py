@@ -61,7 +61,7 @@ def test_imported_weights_make_the_same_video(
 def test_import_refuses_another_shape(weights: Path, refused: Refused) -> None:
     request = ["import", weights / WEIGHTS_FILE, "--preset", "tiny", "-o", "mine.safetensors"]
     line = refused(1, *request, "--set", "model.hidden_size=64")
-    assert re.search(r"has shape \((.*)\), the model wants \((?!\1)", line)
+    assert re.search(r"has shape \((.*)\), the model needs \((?!\1)", line)
     assert "48" in line
     assert "64" in line
     assert not Path("mine.safetensors").exists()
@@ -73,7 +73,7 @@ def test_import_of_part_of_a_model(weights: Path, refused: Refused, capsys: pyte
     del state[key]
     torch.save(state, "part.pth")
     request = ["import", "part.pth", "--preset", "tiny", "-o", "mine.safetensors"]
-    assert f"1 of {len(state) + 1} tensors are missing, the first {key}" in refused(1, *request)
+    assert f"1 of {len(state) + 1} tensors are missing, the first is {key}" in refused(1, *request)
     assert ca2vdm(*request, "--partial", "--dtype", "bfloat16") == 0
     assert f"missing: 1\n  {key}\n" in capsys.readouterr().err
     imported = load_tensors(Path("mine.safetensors"))[0]
@@ -98,12 +98,12 @@ def test_import_runs_no_code(refused: Refused, content: object) -> None:
 
 
 def test_presets(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
-    found = report("presets")
-    assert {"moving-digits", "ca2-vdm-xl", "ca2-vdm-base", "tiny", "bench-small"} <= found.keys()
-    assert found["tiny"]["weights"] is False
+    presets = report("presets")
+    assert {"moving-digits", "ca2-vdm-xl", "ca2-vdm-base", "tiny", "bench-small"} <= presets.keys()
+    assert presets["tiny"]["weights"] is False
     assert ca2vdm("presets") == 0
     table = capsys.readouterr().out
-    assert all(name in table for name in found)
+    assert all(name in table for name in presets)
     assert "moving-digits (default)" in table
 
 
@@ -138,11 +138,11 @@ def test_backends(
     backends.register(Unavailable())
     request.addfinalizer(lambda: backends.unregister("imaginary"))
     result = report("backends", "--device", "cpu", "--dtype", "float32")
-    found = {backend["name"]: backend for backend in result["backends"]}
-    assert {"eager", "sdpa", "compile", "imaginary"} <= found.keys()
-    assert found["eager"]["available"] is True
-    assert found["imaginary"]["reason"] == "pip install imaginary[all] first"
-    assert sum(backend["auto"] for backend in found.values()) == 1
+    by_name = {backend["name"]: backend for backend in result["backends"]}
+    assert {"eager", "sdpa", "compile", "imaginary"} <= by_name.keys()
+    assert by_name["eager"]["available"] is True
+    assert by_name["imaginary"]["reason"] == "pip install imaginary[all] first"
+    assert sum(backend["auto"] for backend in by_name.values()) == 1
     assert ca2vdm("backends", "--device", "cpu") == 0
     assert re.search(r"imaginary +unavailable +pip install imaginary\[all\] first", capsys.readouterr().out)
     line = refused(2, "verify", "--preset", "tiny", "--backend", "imaginary", "--device", "cpu")

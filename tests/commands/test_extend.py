@@ -100,8 +100,8 @@ def test_a_truncated_video_is_reported(weights: Path, capsys: pytest.CaptureFixt
     save("whole.mp4", clip(200, 64, 64))
     Path("half.mp4").write_bytes(Path("whole.mp4").read_bytes()[: Path("whole.mp4").stat().st_size * 3 // 4])
     assert ca2vdm("extend", "half.mp4", "--preset", weights, *GENERATE, "--frames", 2, "-o", "out.npz") == 0
-    found = re.search(r"half.mp4: (\d+) of 200 frames could be read", capsys.readouterr().err)
-    assert found and 0 < int(found[1]) < 196
+    match = re.search(r"half.mp4: (\d+) of 200 frames could be read", capsys.readouterr().err)
+    assert match and 0 < int(match[1]) < 196
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Commands in processes of their own: pipes, signals, and no terminal."""
+"""Commands in separate processes: pipes, signals, and no terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ca2vdm sample``, and wrong requests to any command."""
+"""``ca2vdm sample``, and invalid requests to any command."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 @pytest.mark.parametrize("frames", [1, 7, 10])
 @pytest.mark.parametrize("out", ["out.mp4", "out.mkv", "out.gif", "out.y4m", "out.npz", "out/"])
-def test_sample_writes_the_number_of_frames_asked_for(make: Make, frames: int, out: str) -> None:
+def test_sample_writes_the_requested_number_of_frames(make: Make, frames: int, out: str) -> None:
     video = make("sample", "--frames", frames, out=out)
     assert len(video) == frames
     assert video[0].shape == (32, 32, 3)
@@ -57,7 +57,7 @@ def test_output_takes_a_free_name(weights: Path) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["sample", "sample-1.mp4", "sample.mp4"]
 
 
-def test_output_is_replaced_only_when_asked(weights: Path, refused: Refused) -> None:
+def test_output_is_replaced_only_on_request(weights: Path, refused: Refused) -> None:
     Path("out.npz").write_text("precious")
     request = ["sample", "--preset", weights, *GENERATE, "--frames", 2, "-o", "out.npz"]
     assert "out.npz: exists already" in refused(2, *request)
@@ -279,7 +279,7 @@ WRONG: list[tuple[list[object], str]] = [
     WRONG,
     ids=lambda value: " ".join(map(str, value if isinstance(value, list) else [value]))[:60],
 )
-def test_wrong_request(weights: Path, refused: Refused, arguments: list[object], expected: str) -> None:
+def test_invalid_request(weights: Path, refused: Refused, arguments: list[object], expected: str) -> None:
     assert expected in refused(2, *(weights if argument == "W" else argument for argument in arguments))
     assert list(Path().iterdir()) == []  # nothing is left behind
 
@@ -293,7 +293,7 @@ def test_unknown_sampler(
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", diffusers)
     line = refused(2, "sample", "--preset", weights, *GENERATE, "--sampler", "nope")
-    assert "'nope' is none of ancestral, ddim, dpm++" in line
+    assert "'nope' is not one of ancestral, ddim, dpm++" in line
     assert expected in line
 
 

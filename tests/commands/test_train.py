@@ -112,7 +112,7 @@ def test_videos_that_were_left_out_are_named(capsys: pytest.CaptureFixture[str])
     save("videos/good.mp4", clip(20))
     save("videos/short.mp4", clip(3))
     assert ca2vdm(*TRAIN, "--data", "videos", "--steps", 1, "--out", "run") == 0
-    assert "left out 1 of 2 videos: short.mp4: 3 frames, a clip has 13" in capsys.readouterr().err
+    assert "skipped 1 of 2 videos: short.mp4: 3 frames, a clip has 13" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["weights", "file", "file/below"])
@@ -138,7 +138,7 @@ def test_finished_training_has_nothing_to_resume(capsys: pytest.CaptureFixture[s
     assert ca2vdm(*TRAIN, "--steps", 1, "--out", "run") == 0
     assert "trained to step 1" in capsys.readouterr().err
     assert ca2vdm("train", *RUN, "--out", "run", "--resume") == 0
-    assert "run is at step 1 already; ask for more with --steps" in capsys.readouterr().err
+    assert "run is already at step 1; use --steps to train longer" in capsys.readouterr().err
 
 
 def test_interrupted_training_says_how_to_resume(
@@ -156,7 +156,7 @@ def test_interrupted_training_says_how_to_resume(
         assert ca2vdm(*TRAIN, "--steps", 3, "--out", "run", "--data", "clip.mp4", "--seed", 2) == 130
     out, text = capsys.readouterr()
     assert out == ""
-    advice = re.fullmatch(r"interrupted at step 1: go on with ca2vdm train (.*)\n", text)
+    advice = re.fullmatch(r"interrupted at step 1: continue with ca2vdm train (.*)\n", text)
     assert advice
     assert ca2vdm("train", *RUN, "-q", *advice[1].split()) == 0
     assert load_tensors(Path("run/ema.safetensors"))[1]["step"] == "3"

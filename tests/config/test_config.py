@@ -21,7 +21,7 @@ PARALLEL = "training.parallel_chunks=true"
         (["autoencoder.downsample=3"], "autoencoder.downsample: 3 must be even for the conv autoencoder"),
         (["autoencoder.kind=lowpass"], "model.in_channels: 4 must be video.channels 1 with the lowpass autoencoder"),
         (["autoencoder.kind=diffusers"], "autoencoder.path: the diffusers autoencoder needs a local folder"),
-        (["text.path=t5"], "text: needs a model with text; set model.text_channels and model.text_tokens"),
+        (["text.path=t5"], "text: needs a text-conditioned model; set model.text_channels and model.text_tokens"),
         (["model.text_channels=8"], "model.text_tokens: 0 must be positive exactly when text_channels (8) is"),
         (["synthetic_data.min_speed=2"], "synthetic_data.max_speed: 1.5 must be at least min_speed 2.0"),
         # noise

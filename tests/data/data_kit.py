@@ -29,7 +29,7 @@ def preset(**data: Any) -> Preset:
 
 
 def pictures(count: int, height: int = 16, width: int = 16, first: int = 0) -> list[np.ndarray]:
-    """Frames of which number t has brightness 4 t everywhere."""
+    """Frames; frame t has brightness 4 t everywhere."""
     return [np.full((height, width, 3), 4 * (first + t), np.uint8) for t in range(count)]
 
 

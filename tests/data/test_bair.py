@@ -87,9 +87,9 @@ def test_damaged_records(tmp_path: Path) -> None:
     (tmp_path / "messages.tfrecords").write_bytes(b"".join(map(record, messages)))
     clips_ = source(tmp_path)
     reasons = clips_.skipped
-    assert reasons["cut.tfrecords"] == "it breaks off after 1 complete records"
+    assert reasons["cut.tfrecords"] == "it is truncated after 1 complete records"
     assert reasons["wrong.tfrecords"] == "the checksum of a length is wrong after 1 complete records"
-    assert reasons["huge.tfrecords"] == reasons["stub.tfrecords"] == "it breaks off after 0 complete records"
+    assert reasons["huge.tfrecords"] == reasons["stub.tfrecords"] == "it is truncated after 0 complete records"
     assert {numbers(clips_.clip(index, LENGTH).frames)[0] for index in range(40)} == set(range(5))
     assert len([name for name in reasons if name.startswith("messages")]) == len(messages)
     assert "has 4 bytes, not a raw 64x64 frame" in reasons["messages.tfrecords[1]"]

@@ -1,4 +1,4 @@
-"""Clips of videos: reproducible, in range; flipped and cropped as asked; unusable videos are named."""
+"""Clips of videos: reproducible, in range; flipped and cropped as requested; unusable videos are named."""
 
 from pathlib import Path
 

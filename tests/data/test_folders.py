@@ -26,13 +26,13 @@ def test_seeking_and_keeping_videos_in_memory_give_the_same_clips(
     draw = np.random.default_rng(0)
     noise = [draw.integers(0, 255, (16, 16, 3), dtype=np.uint8) for _ in range(40)]
     write_video(tmp_path / f"deep/er/a.{suffix}", noise)
-    kept = source(tmp_path, stride=2)
+    in_memory = source(tmp_path, stride=2)
     monkeypatch.setattr(clips, "MEMORY", 0)
     sought = source(tmp_path, stride=2)
     for index in range(6):
-        assert torch.equal(kept.clip(index, LENGTH).frames, sought.clip(index, LENGTH).frames)
-    assert not sought._decoded and kept._decoded
-    assert torch.equal(source(tmp_path, stride=2).clip(5, LENGTH).frames, kept.clip(5, LENGTH).frames)
+        assert torch.equal(in_memory.clip(index, LENGTH).frames, sought.clip(index, LENGTH).frames)
+    assert not sought._decoded and in_memory._decoded
+    assert torch.equal(source(tmp_path, stride=2).clip(5, LENGTH).frames, in_memory.clip(5, LENGTH).frames)
 
 
 def test_folders_of_frames_as_in_sky_timelapse(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_damaged_video_is_used_up_to_the_damage(tmp_path: Path, monkeypatch: p
         source(tmp_path, frames=10).clip(0, 10)
 
 
-def test_clips_do_not_depend_on_what_is_known_of_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_do_not_depend_on_what_is_known_about_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part of ``v`` before the damage is too short for a clip, but the part after it can be read."""
     for name, first in (("v", 0), ("w", 30)):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""Choosing a reader: by name, by what it recognizes, and one that a user has registered."""
+"""Choosing a reader by name or by what it recognizes, including a reader that a user registered."""
 
 from __future__ import annotations
 

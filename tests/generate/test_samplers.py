@@ -319,7 +319,7 @@ def test_a_seeds_video_does_not_depend_on_its_length(
 def test_a_seeds_video_does_not_depend_on_the_batch(
     perturbed: tuple[int, int] | None, model: CausalVideoTransformer
 ) -> None:
-    """With v, values stay of order 1, and so rounding errors don't grow."""
+    """With v, values stay of order 1, so rounding errors don't grow."""
     process = NoiseProcess(DiffusionConfig(prediction=Prediction.V, prefix_noise=perturbed))
     together = video(model, 12, (0, 1, 5), sampler="ddim", process=process)
     assert together.abs().max() < 30

@@ -121,9 +121,9 @@ def test_it_does_not_matter_how_a_context_is_split_into_writes(
 def test_with_one_layer_cached_always_equals_recomputed(
     prefix: str, window: dict[str, int], positions: TemporalPositions, make_model: MakeModel
 ) -> None:
-    """In a model with one layer a frame's keys depend on that frame alone, so both strategies see the same even after
-    the window has slid: any error in slots, positions, sinks or masks shows. (With more layers cached frames remember
-    what has left the window.)"""
+    """In a model with one layer, a frame's keys depend on that frame alone, so both strategies see the same even after
+    the window has slid, and any error in slots, positions, sinks or masks shows. (With more layers, cached frames
+    remember frames that have left the window.)"""
     model = make_model(depth=1, spatial_prefix=prefix, temporal_positions=positions, position_table=40)
     cached, recomputed = (context_of(model, strategy, **window) for strategy in STRATEGIES)
     for piece in latents(36).split([1, 2, 2, 1, 2, 1, 1, 2, 2, 2, 1, 1, 2, 1, 2, 2, 2, 1, 2, 2, 2, 2], dim=2):
@@ -334,5 +334,5 @@ def test_absolute_positions_end(strategy: str, make_model: MakeModel) -> None:
     append_in(context, latents(6), [6])
     predict(context)
     context.append(latents(2))
-    with pytest.raises(UsageError, match="absolute positions end after 8 frames, made in whole chunks of 2"):
+    with pytest.raises(UsageError, match="absolute positions allow at most 8 frames in whole chunks of 2"):
         context.open_chunk()

@@ -1,4 +1,4 @@
-"""The network: which frames see each other, what its parts do, and how a new one is initialised.
+"""The network: which frames see each other, what its parts do, and how a new one is initialized.
 
 Window of 6 frames, chunks of 2 (see conftest.py). Shapes: latents (B, C, T, h, w).
 """
@@ -23,7 +23,7 @@ MakeConfig = Callable[..., ModelConfig]
 MakeModel = Callable[..., CausalVideoTransformer]
 
 EVERYTHING = {"mask_channel": True, "text_channels": 5, "text_tokens": 3}
-"""Every optional part; the prefix is on by default."""
+"""Every optional component; the prefix is on by default."""
 
 
 def latents(frames: int, videos: int = 2, seed: int = 0) -> Tensor:

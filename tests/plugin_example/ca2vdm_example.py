@@ -1,4 +1,4 @@
-"""An attention backend in a distribution of its own: all that a third party has to write."""
+"""An attention backend in its own distribution: everything that a third party has to write."""
 
 from torch.nn.functional import scaled_dot_product_attention
 

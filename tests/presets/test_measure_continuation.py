@@ -1,4 +1,4 @@
-"""The script that compares a continuation with the truth."""
+"""The script that compares a continuation with the real frames."""
 
 import runpy
 from collections.abc import Callable
@@ -26,18 +26,18 @@ def load(path: Path) -> list[Frame]:
 
 def test_cut_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main: Callable[[list[str]], int] = runpy.run_path(str(SCRIPT))["main"]
-    video, head, made = (tmp_path / name for name in ("all.npz", "head.npz", "made.npz"))
+    video, head, generated = (tmp_path / name for name in ("all.npz", "head.npz", "generated.npz"))
     save(video, [0, 10, 20, 30, 40])
-    save(made, [35, 45])
+    save(generated, [35, 45])
     common = [str(video), "--hold-out", "2", "--frames", "2"]
     assert main([*common, "--cut", str(head)]) == 0
     assert [int(frame[0, 0, 0]) for frame in load(head)] == [0, 10, 20]
-    assert main([*common, "--made", str(made)]) == 0
+    assert main([*common, "--generated", str(generated)]) == 0
     expected = [10 * np.log10(255**2 / error) for error in (25, (100 + 400) / 2)]
     assert f"{expected[0]:.2f} dB; repeating the last frame: {expected[1]:.2f} dB" in capsys.readouterr().err
     save(tmp_path / "worse.npz", [0, 0])
-    assert main([*common, "--made", str(tmp_path / "worse.npz")]) == 1
+    assert main([*common, "--generated", str(tmp_path / "worse.npz")]) == 1
     save(tmp_path / "short.npz", [30])
-    assert main([*common, "--made", str(tmp_path / "short.npz")]) == 2
+    assert main([*common, "--generated", str(tmp_path / "short.npz")]) == 2
     assert main([str(video), "--hold-out", "9", "--cut", str(tmp_path / "none.npz")]) == 2
     assert not (tmp_path / "none.npz").exists()

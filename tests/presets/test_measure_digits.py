@@ -47,10 +47,10 @@ def judge(script: ModuleType, config: Preset) -> Any:
 @pytest.fixture(scope="module")
 def digits(script: ModuleType, config: Preset, judge: Any) -> np.ndarray:
     """A real frame of each class, the digit in the middle: (10, 64, 64) uint8."""
-    found: dict[int, np.ndarray] = {}
+    frames_by_digit: dict[int, np.ndarray] = {}
     for clip in script.real_videos(config, 5, 120, 1):
-        found.setdefault(judge.true_class(clip), centred(script, clip[0]))
-    return np.stack([found[digit] for digit in range(10)])
+        frames_by_digit.setdefault(judge.true_class(clip), centred(script, clip[0]))
+    return np.stack([frames_by_digit[digit] for digit in range(10)])
 
 
 def centred(script: ModuleType, frame: np.ndarray) -> np.ndarray:
@@ -64,10 +64,10 @@ def legible(judge: Any, frames: np.ndarray) -> list[bool]:
 
 def test_real_sequences_meet_every_bar(script: ModuleType, config: Preset, judge: Any) -> None:
     assert judge.accuracy >= script.ACCURACY_BAR
-    made, real = (judge.measure(script.real_videos(config, seed, 4, 400)) for seed in (21, 22))
-    assert made.legible.mean() >= 0.99 and all(made.kept)
-    assert made.speeds_within > 0.99 and made.bounces_within == 1 and len(made.bounces) >= 4
-    rows = {row.name: row.passed for row in script.compare(judge, made, real)}
+    result, real = (judge.measure(script.real_videos(config, seed, 4, 400)) for seed in (21, 22))
+    assert result.legible.mean() >= 0.99 and all(result.keeps_digit)
+    assert result.speeds_within > 0.99 and result.bounces_within == 1 and len(result.bounces) >= 4
+    rows = {row.name: row.passed for row in script.compare(judge, result, real)}
     assert len(rows) >= 6 and rows.pop("Fréchet distance of differences, first → last") is not None  # 4 are too few
     assert all(passed is not False for passed in rows.values())
 
@@ -97,7 +97,7 @@ def test_a_digit_that_turns_into_another_is_not_kept(judge: Any, digits: np.ndar
     same = np.stack([digits[3]] * 60)
     gone = np.concatenate([same[:30], np.zeros((30, 64, 64), np.uint8)])
     result = judge.measure([changed, same, gone])
-    assert result.begin == [3, 3, 3] and result.end[:2] == [5, 3] and result.kept == [False, True, False]
+    assert result.begin == [3, 3, 3] and result.end[:2] == [5, 3] and result.keeps_digit == [False, True, False]
     assert result.speeds_within < 0.5 and result.bounces_within == 0  # they stand still
 
 

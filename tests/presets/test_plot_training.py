@@ -34,7 +34,7 @@ def test_a_curve_is_drawn(
 
 
 @pytest.mark.parametrize("content", [None, "", "no numbers\n", '{"step": 1}\n'])
-def test_what_is_no_run_is_named(
+def test_a_folder_without_a_run_is_named(
     script: dict[str, Callable[..., object]], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
 ) -> None:
     if content is not None:

@@ -47,7 +47,7 @@ def draw(objective: Distillation, chunks: int = 1, seed: int = 0) -> Draw:
 @pytest.mark.parametrize("sampler", DistillationSampler)
 @pytest.mark.parametrize("config", [V, FLOW])
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_with_as_many_steps_as_the_teacher_its_own_weights_are_the_answer(
+def test_with_as_many_steps_as_the_teacher_its_weights_are_the_solution(
     chunks: int, config: DiffusionConfig, sampler: DistillationSampler, make_model: MakeModel
 ) -> None:
     teacher, process = make_model(learn_variance=False), NoiseProcess(config)
@@ -80,7 +80,7 @@ def test_a_teacher_reads_captions_in_its_own_way(make_model: MakeModel) -> None:
 def test_a_model_that_always_sees_the_same_latents_is_consistent(
     sampler: DistillationSampler, make_model: MakeModel
 ) -> None:
-    """From wherever it jumps, it lands on the line from there to these latents, where the next jump begins."""
+    """Wherever it jumps from, it lands on the line from there to these latents, where the next jump begins."""
     process, latents = NoiseProcess(V), clip(2)
     model = make_model(learn_variance=False)
     settings = DistillationConfig(4, sampler, 32)
@@ -123,7 +123,7 @@ def test_parts_of_log_snr_begin_where_the_sampler_steps(steps: int, last: int) -
         assert max(gaps, default=1) < 3 * min(gaps, default=1)  # even, but for rounding
 
 
-def test_there_can_not_be_more_parts_than_timesteps() -> None:
+def test_there_cannot_be_more_parts_than_timesteps() -> None:
     with pytest.raises(UsageError, match=r"steps: 4 must be at most 2, the timesteps from sampling.last_timestep 998"):
         noise_parts(NoiseProcess(V), DistillationConfig(4, DistillationSampler.LOG_SNR), 998)
 

@@ -34,7 +34,7 @@ MakeModel = Callable[..., CausalVideoTransformer]
 
 
 class Answering(nn.Module):
-    """Stands in for the network: remembers what it was asked, and answers with a parameter of the output's shape."""
+    """Stands in for the network: records its inputs, and returns a parameter of the output's shape."""
 
     def __init__(self, config: ModelConfig, videos: int) -> None:
         super().__init__()
@@ -174,9 +174,9 @@ def test_parallel_chunks_have_the_gradients_of_one_chunk_at_a_time(
         alone = alone + loss
         assert torch.allclose(term["mse"][:, 0], terms["mse"][:, j], rtol=1e-4)
     assert torch.allclose(chunks * together, alone, rtol=1e-5)
-    found = torch.autograd.grad(alone, list(model.parameters()), materialize_grads=True)
+    gradients = torch.autograd.grad(alone, list(model.parameters()), materialize_grads=True)
     largest = max(float(gradient.abs().max()) for gradient in expected)
-    for (name, _), ours, theirs in zip(model.named_parameters(), expected, found, strict=True):
+    for (name, _), ours, theirs in zip(model.named_parameters(), expected, gradients, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5 * largest), name
     assert largest > 1e-3
 

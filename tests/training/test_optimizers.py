@@ -1,4 +1,4 @@
-"""Optimizers: Muon does what PyTorch's does, in float32 where bfloat16 would crawl."""
+"""Optimizers: Muon equals PyTorch's, but computes in float32 if bfloat16 would be slow."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_an_orthogonal_update_has_singular_values_near_one(shape: tuple[int, int
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4)]), "final": nn.Linear(4, 2)})
-    found = make_optimizers(model, TrainingConfig(optimizer=Optimizer.MUON))
-    taken = {name: [p.shape for p in made.param_groups[0]["params"]] for name, made in found.items()}
+    optimizers = make_optimizers(model, TrainingConfig(optimizer=Optimizer.MUON))
+    taken = {name: [p.shape for p in optimizer.param_groups[0]["params"]] for name, optimizer in optimizers.items()}
     assert taken == {"muon": [(4, 4)], "adamw": [(4,), (2, 4), (2,)]}
     assert list(make_optimizers(model, TrainingConfig())) == ["adamw"]

@@ -115,6 +115,6 @@ def test_training_on_rollouts_is_reproducible_and_changes_the_weights() -> None:
 
 
 def test_a_sampler_that_rollouts_cannot_use_is_refused_before_the_first_step() -> None:
-    with pytest.raises(UsageError, match="sampler: 'none' is none of"):
+    with pytest.raises(UsageError, match="sampler: 'none' is not one of"):
         trainer_with(0.1, "sampling.sampler=none")
     assert trainer_with(0.0, "sampling.sampler=none").step == 0  # no rollouts, no sampler

@@ -86,7 +86,7 @@ def test_a_step_can_be_saved_again_over_a_damaged_one(folder: RunFolder) -> None
     assert names(folder) == ["step-00000002", "step-00000003"]
 
 
-def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(folder: RunFolder) -> None:
+def test_a_damaged_checkpoint_does_not_displace_an_intact_one(folder: RunFolder) -> None:
     folder.save(5, {}, files(5))
     (folder.path / "checkpoints" / "step-00000005" / STATE_FILE).unlink()
     folder.save(4, {}, files(4))  # by a run that was resumed from step 3
@@ -112,7 +112,7 @@ def test_leftovers_of_a_killed_save_are_removed(folder: RunFolder) -> None:
     assert names(folder) == ["step-00000003", "step-00000005"]
 
 
-def test_a_folder_that_can_not_be_written_is_one_line(folder: RunFolder) -> None:
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(folder: RunFolder) -> None:
     blocked = RunFolder(folder.path / METRICS_FILE)
     (folder.path / METRICS_FILE).write_text("")
     with pytest.raises(UserError, match="cannot be written") as error:

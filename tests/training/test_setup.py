@@ -1,4 +1,4 @@
-"""Training from Python: ``ca2vdm_cli.train`` with presets, data, samplers and callbacks of one's own."""
+"""Training from Python: ``ca2vdm_cli.train`` with the user's own presets, data, samplers and callbacks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train(*arguments: Any, **options: Any) -> ca2vdm_cli.TrainingResult:
 
 
 class Stripes:
-    """A clip source: stripes that move down, at another speed in each clip."""
+    """A clip source: stripes that move down, at a different speed in each clip."""
 
     def __init__(self, size: int = 32) -> None:
         self.size = size
@@ -107,7 +107,7 @@ def test_synthetic_data_and_a_report_of_each_step(tmp_path: Path) -> None:
     assert (resumed.steps, resumed.steps_this_run) == (3, 1)
 
 
-def test_a_clip_source_of_ones_own(tmp_path: Path) -> None:
+def test_a_custom_clip_source(tmp_path: Path) -> None:
     source = Stripes()
     often = {"training.validate_every": 2, "training.validation_clips": 2}
     result = train("tiny", source, out=tmp_path / "run", overrides=often)
@@ -128,8 +128,8 @@ def test_clips_of_another_size_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_sampler_of_ones_own(tmp_path: Path, backwards: str) -> None:
-    """By its name, in rollouts and in validation."""
+def test_a_custom_sampler(tmp_path: Path, backwards: str) -> None:
+    """It is selected by name, and used in rollouts and in validation."""
     overrides: dict[str, Any] = {
         "sampling": {"sampler": backwards, "steps": 3},
         "training": {"parallel_chunks": True, "prefix_lengths": [0], "rollout_share": 1.0, "rollout_steps": 2},
@@ -164,13 +164,13 @@ def test_a_preset_object_and_a_runs_weights(tmp_path: Path) -> None:
         ({"steps": 0}, "training.steps: 0 must be greater than or equal to 1"),
         ({"teacher": "absent"}, "teacher: absent: no such file or folder"),
         ({"widen": True}, "preset tiny: it has no weights to widen; give a checkpoint"),
-        ({"widen": True, "teacher": "."}, "widen: it starts a run of its own; leave out resume and teacher"),
+        ({"widen": True, "teacher": "."}, "widen: this starts a new run; leave out resume and teacher"),
         ({"overrides": {"training.trainable": "lora"}}, "training.trainable: lora needs weights to start from"),
         ({"overrides": {"training": {"validation_metrics": ["pnsr"]}}}, "no metric 'pnsr'; did you mean psnr"),
         ({"overrides": {"sampling.sampler": "nope", "training.validate_every": 1}}, "sampler"),
     ],
 )
-def test_wrong_requests_name_the_argument(options: dict[str, Any], expected: str, tmp_path: Path) -> None:
+def test_invalid_requests_name_the_argument(options: dict[str, Any], expected: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=expected) as error:
         train("tiny" if "resume" not in options else None, out=tmp_path / "run", **options)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Training: a resumed run equals an uninterrupted one, and failures end in one line."""
+"""Training: a resumed run equals an uninterrupted one, and failures are reported in one line."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_run_saves_a_preset_and_the_averaged_weights(run: Runs, tmp_path: Path
     assert load_weights(model, weights, "weights").left_over == ()
 
 
-def test_a_seed_decides_everything(run: Runs) -> None:
+def test_the_seed_determines_everything(run: Runs) -> None:
     def losses(seed: int) -> list[float]:
         trainer = run(seed=seed)
         return [trainer.train_step().loss for _ in range(2)]
@@ -319,7 +319,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(poison: float, r
 
 
 def test_a_run_that_blew_up_leaves_the_last_good_checkpoint(run: Runs, tmp_path: Path) -> None:
-    """It is the one that the error says to resume from."""
+    """The error message tells the user to resume from that checkpoint."""
     trainer = run("training.checkpoint_every=2")
 
     def blow_up(report: StepReport) -> None:
@@ -348,5 +348,5 @@ def test_a_checkpoint_that_is_no_training_state_is_refused(run: Runs, tmp_path: 
 
 def test_a_training_state_of_another_model_is_refused(run: Runs, tmp_path: Path) -> None:
     run().save(RunFolder(tmp_path))
-    with pytest.raises(UserError, match=r"has shape \(.*\), the model wants \(.*\)"):
+    with pytest.raises(UserError, match=r"has shape \(.*\), the model needs \(.*\)"):
         run("model.hidden_size=32").state.load(newest(tmp_path))

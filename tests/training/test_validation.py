@@ -87,10 +87,11 @@ class Brightness(Metric):
     name = "brightness"
     description = "mean of the generated frames, for tests"
 
-    def measure(self, made: Frame, true: Frame) -> float:
-        assert made.shape == true.shape and made.dtype == true.dtype == np.uint8 and made.shape[1:] == (32, 32, 1)
-        measured_lengths.append(len(made))
-        return float(made.mean())
+    def measure(self, generated: Frame, true: Frame) -> float:
+        assert generated.shape == true.shape and generated.shape[1:] == (32, 32, 1)
+        assert generated.dtype == true.dtype == np.uint8
+        measured_lengths.append(len(generated))
+        return float(generated.mean())
 
 
 measured_lengths: list[int] = []
@@ -120,7 +121,7 @@ def test_metrics_of_held_out_clips(brightness: str, tmp_path: Path) -> None:
 
 
 def test_metrics_of_clips_shorter_than_the_window(brightness: str, tmp_path: Path) -> None:
-    """What precedes their last chunk is the context; a clip of one chunk has none."""
+    """The frames before the last chunk are the context; a clip of one chunk has none."""
     parallel = ["training.parallel_chunks=true", "training.prefix_lengths=[0]"]
     for frames, lengths in ((8, [4] * 6 + [8] * 3), (4, [4] * 3)):
         measured_lengths.clear()
@@ -131,7 +132,7 @@ def test_metrics_of_clips_shorter_than_the_window(brightness: str, tmp_path: Pat
         assert bool(report.continuation) == bool(report.repeat_last_frame) == (frames == 8)
 
 
-def test_training_validates_as_often_as_asked_and_logs_it(tmp_path: Path) -> None:
+def test_training_validates_as_often_as_requested_and_logs_it(tmp_path: Path) -> None:
     preset = load_preset("tiny", ["training.validate_every=2", "training.steps=3"]).config
     validate = validator(tmp_path / "validation")
     accelerator = make_accelerator("cpu", preset.training.precision)

@@ -1,4 +1,4 @@
-"""Widening: a model twice as wide computes the same, and is trained further."""
+"""Widening: a model of twice the width computes the same, and can be trained further."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def test_the_command_trains_the_wider_model(weights: Path, tmp_path: Path) -> No
         (["--preset", "tiny"], "preset tiny: it has no weights to widen; give a checkpoint"),
         (["--checkpoint", "none.safetensors"], "none.safetensors: no such file"),
         (["--checkpoint", __file__], "not a readable safetensors file"),
-        (["--preset", "tiny", "--distill", "."], "widen: it starts a run of its own; leave out resume and teacher"),
+        (["--preset", "tiny", "--distill", "."], "widen: this starts a new run; leave out resume and teacher"),
     ],
 )
-def test_what_can_not_be_widened(arguments: list[str], message: str, refused: Refused, tmp_path: Path) -> None:
+def test_models_that_cannot_be_widened(arguments: list[str], message: str, refused: Refused, tmp_path: Path) -> None:
     code = 1 if "safetensors file" in message else 2
     settings = ["--set", "training.autoencoder_steps=1", "--set", "model.depth=2"]
     assert message in refused(code, "train", *arguments, "--widen", "--out", tmp_path / "run", *RUN, *settings)

@@ -43,7 +43,7 @@ def test_geometry_sizes(aspect: Aspect, size: tuple[int, int], model_size: tuple
 @pytest.mark.parametrize("size", SIZES[:4])
 @pytest.mark.parametrize("aspect", Aspect)
 def test_old_and_new_frames_match(aspect: Aspect, size: tuple[int, int]) -> None:
-    """What comes back from the model is aligned with the input."""
+    """Frames from the model are aligned with the input."""
     geometry = Geometry(size, (96, 96), aspect)
     frame = make_clip(1, *size)[0]
     assert psnr(geometry.from_model(geometry.to_model(frame)), geometry.input_to_output(frame)) > 30

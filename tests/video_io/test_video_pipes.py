@@ -1,4 +1,4 @@
-"""Videos through pipes, and Ctrl-C meanwhile."""
+"""Videos through pipes, and Ctrl-C while reading or writing them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing: existing output, interruptions, failures and wrong requests."""
+"""Writing: existing output, interruptions, failures and invalid requests."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_overwriting_a_folder_keeps_other_files(tmp_path: Path) -> None:
         ("clip.mp4", None, float("inf")),
     ],
 )
-def test_wrong_requests(tmp_path: Path, name: str, format: str | None, fps: float) -> None:
+def test_invalid_requests(tmp_path: Path, name: str, format: str | None, fps: float) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError) as caught:
         open_writer(f"{tmp_path}/{name}", format=format, fps=fps, overwrite=True)
@@ -126,7 +126,7 @@ def test_wrong_requests(tmp_path: Path, name: str, format: str | None, fps: floa
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 5, 3), "uint8"), ((4, 4, 2), "uint8"), ((4, 4, 3), "float32")])
-def test_wrong_frames(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> None:
+def test_invalid_frames(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> None:
     with open_writer(tmp_path / "clip.npz", fps=8) as writer:
         writer.write(np.zeros((4, 4, 3), np.uint8))
         with pytest.raises(ValueError, match="a frame"):
