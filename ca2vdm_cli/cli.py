@@ -609,7 +609,7 @@ def run(arguments: list[str]) -> int:
         return end.exit_code
     except _click.ClickException as error:
         path = error.ctx.command_path if getattr(error, "ctx", None) else "ca2vdm"
-        raise UsageError(f"{error.format_message().rstrip('.')}; see {path} --help") from error
+        raise UsageError(f"{error.format_message().rstrip('.')} (see {path} --help)") from error
     except UsageError as error:
         parameters = command.commands[context.invoked_subcommand].params
         flags = {p.name: max(p.opts, key=len) for p in parameters if p.param_type_name == "option"}
