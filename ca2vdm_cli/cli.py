@@ -6,6 +6,7 @@ This module must stay free of torch, so that ``--help`` is instant.
 from __future__ import annotations
 
 import os
+import re
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -354,7 +355,12 @@ def bench(
         ),
     ] = "recompute",
     preset: Annotated[
-        str | None, typer.Option(help="A preset's name, file or folder. Default: bench-small.", show_default=False)
+        str | None,
+        typer.Option(
+            help="A preset's name, file or folder. Default: bench-small.",
+            show_default=False,
+            autocompletion=_preset_names,
+        ),
     ] = None,
     checkpoint: CheckpointOption = None,
     frames: Annotated[
@@ -586,11 +592,11 @@ def presets_show(
     show_preset(name, overrides=set_ or [])
 
 
-def _name_the_flag(error: UsageError, flags: dict[str, str]) -> None:
-    """Change an error of the library that begins with an argument's name, ``first_frame:``, to begin with the flag."""
+def _name_the_flags(error: UsageError, flags: dict[str, str]) -> None:
+    """Put flags in place of arguments in a library's error: where it begins with one, ``seed:``, and in backticks."""
     argument, colon, problem = str(error).partition(":")
-    if colon and argument in flags:
-        error.args = (f"{flags[argument]}:{problem}",)
+    message = f"{flags[argument]}:{problem}" if colon and argument in flags else str(error)
+    error.args = (re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[0]), message),)
 
 
 def run(arguments: list[str]) -> int:
@@ -613,6 +619,6 @@ def run(arguments: list[str]) -> int:
     except UsageError as error:
         parameters = command.commands[context.invoked_subcommand].params
         flags = {p.name: max(p.opts, key=len) for p in parameters if p.param_type_name == "option"}
-        _name_the_flag(error, flags | {"overrides": "--set"})
+        _name_the_flags(error, flags | {"overrides": "--set", "teacher": "--distill"})
         raise
     return 0

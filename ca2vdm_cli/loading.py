@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .checkpoint import load_tensors, load_weights
-from .config import ModelConfig
+from .config import ModelConfig, Preset
 from .errors import UsageError
 from .model.attention import Backend
 from .model.transformer import CausalVideoTransformer
-from .presets import DEFAULT_PRESET, PRESET_FILE, LoadedPreset, load_preset
+from .presets import DEFAULT_PRESET, PRESET_FILE, LoadedPreset, Overrides, load_preset
 
 
 def find_weights(
-    preset: str | Path | None, checkpoint: str | Path | None, overrides: Sequence[str] = ()
+    preset: str | Path | Preset | LoadedPreset | None, checkpoint: str | Path | None, overrides: Overrides = ()
 ) -> tuple[LoadedPreset, Path | None]:
     """Resolve a preset and a checkpoint to the preset and weights file to use.
 
@@ -31,13 +30,13 @@ def find_weights(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.is_dir():
         if not (path / PRESET_FILE).is_file():
-            raise UsageError(f"checkpoint {path}: a folder without {PRESET_FILE}; name the weights file itself")
+            raise UsageError(f"checkpoint: {path} is a folder without {PRESET_FILE}; name the weights file itself")
         if preset is not None:
-            raise UsageError(f"checkpoint {path}: the folder has its own preset; leave out the preset {preset}")
+            raise UsageError(f"checkpoint: the folder {path} has its own preset; leave out `preset`")
         loaded = load_preset(path, overrides)
         return loaded, loaded.weights_path
     if path is not None and not path.is_file():
-        raise UsageError(f"checkpoint {path}: no such file")
+        raise UsageError(f"checkpoint: {path}: no such file")
     if preset is None and path is not None and (path.parent / PRESET_FILE).is_file():
         preset = path.parent
     loaded = load_preset(preset or DEFAULT_PRESET, overrides)

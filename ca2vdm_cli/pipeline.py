@@ -33,7 +33,7 @@ from .loading import build_model, find_weights, randomize
 from .model.attention import Backend
 from .model.transformer import CausalVideoTransformer
 from .plugins import choose_backend
-from .presets import LoadedPreset
+from .presets import LoadedPreset, Overrides
 from .runtime import Dtype, dtype_name, resolve_device, resolve_dtype, synchronize
 from .text_encoder import TextEncoder
 from .video_codec import decode_video, encode_video, to_floats
@@ -108,10 +108,10 @@ class Pipeline:
     @classmethod
     def load(
         cls,
-        preset: str | Path | None = None,
+        preset: str | Path | Preset | LoadedPreset | None = None,
         *,
         checkpoint: str | Path | None = None,
-        overrides: Sequence[str] = (),
+        overrides: Overrides = (),
         backend: str = "auto",
         device: str = "auto",
         dtype: Dtype | str = Dtype.AUTO,
@@ -124,7 +124,7 @@ class Pipeline:
         Args:
             preset: name, file or folder; by default the ``preset.yaml`` beside the checkpoint, else the default preset.
             checkpoint: weights (safetensors) to use instead of the preset's, or the folder of a training run.
-            overrides: settings such as ``model.context_frames=9``.
+            overrides: settings such as ``model.context_frames=9``, or a mapping of them.
             backend: name, or ``auto`` for the best available one.
             device: name, or ``auto``.
             dtype: dtype of the model's weights, activations and cache.
@@ -139,11 +139,11 @@ class Pipeline:
         loaded, weights = find_weights(preset, checkpoint, overrides)
         if weights is None and not random_weights:
             raise UsageError(
-                f"preset {loaded.name}: it has no weights; train some (ca2vdm train), import some (ca2vdm import) and "
-                "give them as checkpoint, or choose a preset that has weights (ca2vdm presets)"
+                f"preset {loaded.name}: it has no weights; train some (ca2vdm train --preset {loaded.name}), import some "
+                "(ca2vdm import) and give them with `checkpoint`, or choose a preset that has weights (ca2vdm presets)"
             )
         torch_device = resolve_device(device)
-        torch_dtype = resolve_dtype(Dtype(dtype), torch_device)
+        torch_dtype = resolve_dtype(dtype, torch_device)
         chosen = choose_backend(backend, torch_device, torch_dtype)
         with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
             torch.manual_seed(seed)
@@ -232,7 +232,7 @@ class Pipeline:
         videos = list(options.get("videos", (0,)))
         if not videos:
             raise UsageError("videos: there must be at least one")
-        strategy = options.get("strategy", "cached")
+        strategy = options.get("strategy") or "cached"
         contexts.check(strategy, "strategy")
         caption = self._caption(options, len(videos))
         context = make_context(
@@ -255,7 +255,7 @@ class Pipeline:
         prompt, guidance, caption = options.get("prompt"), options.get("guidance"), options.get("caption")
         if prompt is None:
             if guidance is not None:
-                raise UsageError("guidance: there is no prompt to follow; give one")
+                raise UsageError("guidance: there is no prompt to follow; give one with `prompt`")
             return caption or stored_caption(self.model, videos)
         if caption is not None:
             raise UsageError("prompt: a caption is given too; leave out one of them")

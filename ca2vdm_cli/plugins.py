@@ -100,7 +100,13 @@ class Registry(Mapping[str, T], Generic[T]):
         self._added.append(entry)
 
     def unregister(self, name: str) -> None:
-        """Remove an entry that was added with ``register``, for example to replace it with a corrected one."""
+        """Remove an entry that was added with ``register``, for example to replace it with a corrected one.
+
+        Raises:
+            UsageError: Python code has registered no entry of this name.
+        """
+        if name not in [entry.name for entry in self._added]:
+            raise UsageError(f"{self.kind} {name!r} was not registered from Python")
         self._added = [entry for entry in self._added if entry.name != name]
         self.forget()
 

@@ -48,21 +48,46 @@ class LoadedPreset:
     """The conv autoencoder's weights, an existing file, or None."""
 
 
-def load_preset(name_or_path: str | Path | Preset, overrides: Sequence[str] = ()) -> LoadedPreset:
+Overrides = Mapping[str, Any] | Sequence[str]
+"""Changes to a preset: ``{"model.depth": 4}``, nested or not, or ``["model.depth=4"]``."""
+
+
+def listed_overrides(overrides: Overrides, section: str = "") -> list[str]:
+    """Overrides in the form ``model.depth=4``; values of a mapping are written as JSON, which is YAML too."""
+    if isinstance(overrides, str):
+        return [overrides]
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    changes = []
+    for key, value in overrides.items():
+        nested = isinstance(value, Mapping)
+        change = f"{section}{key}={json.dumps(value, default=str)}"
+        changes += listed_overrides(value, f"{section}{key}.") if nested else [change]
+    return changes
+
+
+def load_preset(name_or_path: str | Path | Preset | LoadedPreset, overrides: Overrides = ()) -> LoadedPreset:
     """Read a preset and check it.
 
     Args:
-        name_or_path: a built-in preset's name, a YAML file, or a folder with a ``preset.yaml``; or a preset itself,
-            whose files are relative to the working directory.
-        overrides: changes such as ``model.depth=4``, applied in order. Values are YAML; an empty value means null.
+        name_or_path: a built-in preset's name, a YAML file, or a folder with a ``preset.yaml``; or what
+            ``load_preset`` returned; or a ``Preset``, whose files are relative to the working directory.
+        overrides: changes such as ``model.depth=4``, applied in order, or a mapping of them. Values are YAML; an empty
+            value means null.
 
     Raises:
         UsageError: the preset does not exist, is not valid, or names weights that do not exist.
     """
-    path = Path(PRESET_FILE) if isinstance(name_or_path, Preset) else _find(name_or_path)
-    source = " ".join([str(path), *(["with"] if overrides else []), *map(_clip, overrides)])
-    mapping = to_mapping(name_or_path) if isinstance(name_or_path, Preset) else _read(path)
-    for override in overrides:
+    if isinstance(name_or_path, LoadedPreset):
+        path, mapping = name_or_path.path, to_mapping(name_or_path.config)
+    elif isinstance(name_or_path, Preset):
+        path, mapping = Path(PRESET_FILE), to_mapping(name_or_path)
+    else:
+        path = _find(name_or_path)
+        mapping = _read(path)
+    changes = listed_overrides(overrides)
+    source = " ".join([str(path), *(["with"] if changes else []), *map(_clip, changes)])
+    for override in changes:
         _apply(override, mapping)
     config = preset_from_mapping(mapping, source)
     name = path.parent.resolve().name if path.name == PRESET_FILE else path.stem
@@ -74,7 +99,7 @@ def load_preset(name_or_path: str | Path | Preset, overrides: Sequence[str] = ()
         if not (path.parent / file).is_file():
             raise UsageError(
                 f"{path}: {key}: {path.parent / file} does not exist; put the file there, or train new weights: "
-                f"ca2vdm train --preset {name_or_path} --set {key}=null"
+                f"ca2vdm train --preset {path} --set {key}=null"
             )
         return path.parent / file
 

@@ -55,11 +55,17 @@ def native_bfloat16(device: torch.device) -> bool:
     return "bf16" in features.split()
 
 
-def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The PyTorch dtype that a setting stands for on this device."""
-    if dtype is Dtype.AUTO:
+def resolve_dtype(dtype: Dtype | str, device: torch.device) -> torch.dtype:
+    """The PyTorch dtype that a setting stands for on this device.
+
+    Raises:
+        UsageError: no such dtype.
+    """
+    if dtype not in list(Dtype):
+        raise UsageError(f"dtype: {dtype!r} is not one of {', '.join(known.value for known in Dtype)}")
+    if dtype == Dtype.AUTO:
         return torch.bfloat16 if native_bfloat16(device) else torch.float32
-    resolved: torch.dtype = getattr(torch, dtype.value)
+    resolved: torch.dtype = getattr(torch, Dtype(dtype).value)
     return resolved
 
 

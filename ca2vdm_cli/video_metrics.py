@@ -22,7 +22,6 @@ class Metric(ABC):
     """What users type in ``training.validation_metrics``."""
     description: str
     """One line, with the unit."""
-    higher_is_better: bool = True
 
     @abstractmethod
     def measure(self, generated: Frame, true: Frame) -> float:

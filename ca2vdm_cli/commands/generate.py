@@ -134,6 +134,8 @@ def run_extend(
         run = Generation(pipeline, options, output, frames, num_videos, name=name, fps=reader.fps or video.fps)
         blank = np.zeros((1, video.height, video.width, video.channels), np.uint8)
         pipeline.extend(blank, run.frames, **options)  # rejects an invalid request before the input is read
+        if not run.targets:  # another process's share
+            return
         window: deque[Frame] = deque(maxlen=options.get("context_frames") or pipeline.config.model.context_frames)
         with run.open_outputs():
             with run.timed_input():
@@ -143,9 +145,8 @@ def run_extend(
                     if not only_new:
                         run.copy(input_to_output(frame))
             if reader.frame_count and run.input_frames < 0.98 * reader.frame_count:
-                note(f"{source}: {run.input_frames} of {reader.frame_count} frames could be read", quiet=output.quiet)
-            if run.targets:
-                run.generate(partial(pipeline.extend, np.stack(window), run.frames), to_output)
+                note(f"{source}: {run.input_frames} of {reader.frame_count} frames could be read", quiet=run.quiet)
+            run.generate(partial(pipeline.extend, np.stack(window), run.frames), to_output)
     run.report()
 
 

@@ -72,6 +72,7 @@ class _Progress(TrainingCallbacks):
         self.quiet = quiet
         self.step: int | None = None
         """Steps done; None before training starts."""
+        self._steps = 0
         self._bar: ProgressBar | None = None
 
     def close(self) -> None:
@@ -96,15 +97,15 @@ class _Progress(TrainingCallbacks):
             self.close()
 
     def on_start(self, step: int, steps: int) -> None:
-        self.step = step
+        self.step, self._steps = step, steps
         self._open("training", steps, unit="steps", begun=step)
 
     def on_step(self, report: StepReport, mean_loss: float) -> None:
-        assert self._bar is not None
+        bar = self._bar or self._open("training", self._steps, unit="steps", begun=self.step or 0)
         self.step = report.step
         speed = f"{report.frames / report.seconds:.0f} frames/s  {size(report.memory_bytes)}"
         info = f"loss {mean_loss:.4f}  lr {report.learning_rate:.1e}  {speed}"
-        self._bar.advance(finished=report.step, info=info)
+        bar.advance(finished=report.step, info=info)
 
     def _open(self, description: str, total: int, *, unit: str, begun: int = 0) -> ProgressBar:
         self._bar = ProgressBar(description, total, total, quiet=self.quiet, unit=unit, begun=begun).__enter__()

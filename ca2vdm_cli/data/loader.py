@@ -13,13 +13,15 @@ import multiprocessing
 import multiprocessing.resource_tracker
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 
 import cv2
 import numpy as np
@@ -175,7 +177,8 @@ class _Worker:
         context.set_forkserver_preload(["ca2vdm_cli.data"])
         self._pipe, child = context.Pipe()
         self._process = context.Process(target=_work, args=(child, source), daemon=True)
-        self._process.start()
+        with _main_module_hidden(unless_in=source):
+            self._process.start()
         child.close()
         self.results: queue.SimpleQueue[tuple[_Result, _Skipped]] = queue.SimpleQueue()
         threading.Thread(target=self._receive, daemon=True).start()
@@ -195,9 +198,29 @@ class _Worker:
         except Exception:  # whatever it is, the caller must not wait forever
             self._process.join()
             code = self._process.exitcode
-            why = "out of memory, perhaps" if code == -signal.SIGKILL else "see its error message above, if any"
+            why = "out of memory, perhaps" if code == -signal.SIGKILL else "see its error above; is the script guarded?"
             message = f"data.workers: a worker process died with code {code} ({why}); try --set data.workers=0"
             self.results.put((UserError(message), {}))
+
+
+@contextmanager
+def _main_module_hidden(*, unless_in: ClipSource) -> Iterator[None]:
+    """Keep a new process from running the main script again, which it does to find what the script defines.
+
+    Only a source that the script itself defines needs that; such a script must be guarded by ``__name__``.
+    """
+    main = sys.modules["__main__"]
+    if b"__main__" in bytes(ForkingPickler.dumps(unless_in)):
+        yield
+        return
+    file, spec = vars(main).pop("__file__", None), main.__spec__
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 def _work(pipe: Connection, source: ClipSource) -> None:

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.model.kv_cache import KVCache, TextKeysValues
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
@@ -202,4 +203,8 @@ def make_context(
 ) -> Context:
     """An empty context, by name; see ``Context.create`` and ``ContextOptions``."""
     options = ContextOptions(context_frames, sink_frames, timesteps, fixed_frames)
-    return contexts[name].create(model, batch_size, options)
+    context = contexts[name].create(model, batch_size, options)
+    for attribute in ("model", "window"):
+        if not hasattr(context, attribute):
+            raise UserError(f"context {name!r} of {contexts.owner(name)} has no {attribute}; set it in create()")
+    return context

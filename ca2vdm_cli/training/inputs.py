@@ -46,8 +46,8 @@ class Inputs:
             UsageError: a seed that differs from the run's, no such teacher, or a clip source that can't be restored.
         """
         facts = {} if last is None else last.facts
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise UsageError(f"seed: {self.seed} must be from 0 to {LARGEST_SEED}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed <= LARGEST_SEED:
+            raise UsageError(f"seed: {self.seed!r} must be a whole number from 0 to {LARGEST_SEED}")
         if self.given_seed is not None and facts.get("seed", str(self.given_seed)) != str(self.given_seed):
             raise UsageError(f"seed: {self.given_seed} is not the resumed run's seed, {facts['seed']}; leave it out")
         teacher = self.teacher or facts.get("teacher")
@@ -55,6 +55,9 @@ class Inputs:
             raise UsageError(f"teacher: {teacher}: no such file or folder; name the teacher's weights, or its run")
         if self.data is None and "clip_source" in facts:
             raise UsageError(f"data: the run was trained on a {facts['clip_source']} object; pass one to resume it")
+        if self.validation_data is None and "validation_source" in facts:
+            source = facts["validation_source"]
+            raise UsageError(f"validation_data: the run was validated on a {source} object; pass one to resume it")
         return Inputs(
             facts.get("origin") if self.data is None else self.data,
             facts.get("validation") if self.validation_data is None else self.validation_data,
@@ -80,6 +83,8 @@ class Inputs:
         facts = {name: str(Path(path).resolve()) for name, path in paths.items() if isinstance(path, (str, Path))}
         if self.data is not None and "origin" not in facts:
             facts["clip_source"] = type(self.data).__name__
+        if self.validation_data is not None and "validation" not in facts:
+            facts["validation_source"] = type(self.validation_data).__name__
         return facts
 
 
@@ -109,6 +114,8 @@ def open_source(data: str | Path | ClipSource | None, config: Preset, seed: int,
     if data is None or isinstance(data, (str, Path)):
         return open_clips(None if data is None else Path(data), config, seed, config.clip_frames)
     assert config.video is not None
+    if not callable(getattr(data, "clip", None)):
+        raise UsageError(f"{argument}: {data!r} is neither a path nor an object with the methods of ClipSource")
     shape = tuple(data.clip(0, 1).frames.shape)
     expected = (1, config.video.channels, config.video.height, config.video.width)
     if shape != expected:

@@ -5,12 +5,11 @@ The ``train`` command is flags, progress bars and a report around this function.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.loading import build_model, find_weights
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import choose_backend
-from ca2vdm_cli.presets import LoadedPreset, load_preset
+from ca2vdm_cli.presets import LoadedPreset, listed_overrides, load_preset
 from ca2vdm_cli.processes import computes_half, launched, make_accelerator
 
 from .callbacks import SMOOTHED_STEPS, TrainingCallbacks
@@ -60,7 +59,7 @@ class TrainingResult:
 
 
 def train(
-    preset: str | Path | Preset | None = None,
+    preset: str | Path | Preset | LoadedPreset | None = None,
     data: str | Path | ClipSource | None = None,
     *,
     out: str | Path,
@@ -125,15 +124,17 @@ def train(
         RunFolder(out).publish(last.folder)  # a killed run may not have got that far
     inputs = Inputs(data, validation_data, cache_latents, teacher, seed).resumed(last)
     if widen and (resume or inputs.teacher is not None):
-        raise UsageError("widen: this starts a new run; leave out resume and teacher")
+        raise UsageError("widen: this starts a new run; leave out `resume` and `teacher`")
     if last is None:
         preset, checkpoint = _starting_point(preset, checkpoint, inputs.teacher)
     elif preset is None and checkpoint is None:
         preset = out
-    changes = [*_listed(overrides), *([] if steps is None else [f"training.steps={steps}"])]
+    changes = [*listed_overrides(overrides), *([] if steps is None else [f"training.steps={steps}"])]
     loaded, weights = _load(preset, checkpoint, changes)
+    if last is None and checkpoint is not None and weights is None:
+        raise UsageError(f"checkpoint: {checkpoint} has no weights; train it first, or name a weights file")
     if widen and weights is None:
-        raise UsageError(f"preset {loaded.name}: it has no weights to widen; give a checkpoint")
+        raise UsageError(f"preset {loaded.name}: it has no weights to widen; give some with `checkpoint`")
     distill, starts = inputs.teacher is not None, resume or widen or checkpoint is not None
     config = _settled(loaded, widen=widen, distill=distill, starts=starts)
     accelerator = make_accelerator(
@@ -226,7 +227,7 @@ def _check_new_folder(out: Path) -> None:
         UsageError: a run or weights would be overwritten, or it is not a writable folder.
     """
     if RunFolder(out).begun:
-        raise UsageError(f"out: {out} already holds a run; resume it, or choose another folder")
+        raise UsageError(f"out: {out} already holds a run; resume it (`resume`), or choose another folder")
     if (out / WEIGHTS_FILE).exists():
         raise UsageError(f"out: {out} already holds a {WEIGHTS_FILE}; choose another folder")
     nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
@@ -235,39 +236,27 @@ def _check_new_folder(out: Path) -> None:
 
 
 def _starting_point(
-    preset: str | Path | Preset | None, checkpoint: str | Path | None, teacher: str | Path | None
-) -> tuple[str | Path | Preset | None, str | Path | None]:
+    preset: str | Path | Preset | LoadedPreset | None, checkpoint: str | Path | None, teacher: str | Path | None
+) -> tuple[str | Path | Preset | LoadedPreset | None, str | Path | None]:
     """The preset and checkpoint of a new run: a student starts from its teacher's weights unless others are given."""
     if teacher is None:
         return preset, checkpoint
     if Path(teacher).is_dir():
         if preset is not None:
-            raise UsageError(f"teacher: the folder {teacher} has a preset of its own; leave out preset")
+            raise UsageError(f"teacher: the folder {teacher} has a preset of its own; leave out `preset`")
         if checkpoint is not None and Path(checkpoint).is_file():
             preset = teacher
     return preset, checkpoint or teacher
 
 
 def _load(
-    preset: str | Path | Preset | None, checkpoint: str | Path | None, overrides: Sequence[str]
+    preset: str | Path | Preset | LoadedPreset | None, checkpoint: str | Path | None, overrides: Sequence[str]
 ) -> tuple[LoadedPreset, Path | None]:
     """The preset, and the weights that it or ``checkpoint`` names."""
-    if not isinstance(preset, Preset):
+    if not isinstance(preset, (Preset, LoadedPreset)):
         return find_weights(preset, checkpoint, overrides)
     loaded = load_preset(preset, overrides)
     return loaded, loaded.weights_path if checkpoint is None else find_weights(None, checkpoint)[1]
-
-
-def _listed(overrides: Mapping[str, Any] | Sequence[str], section: str = "") -> Iterator[str]:
-    """Overrides such as ``model.depth=4``; values of a mapping are written as JSON, which is YAML too."""
-    if not isinstance(overrides, Mapping):
-        yield from overrides
-        return
-    for key, value in overrides.items():
-        if isinstance(value, Mapping):
-            yield from _listed(value, f"{section}{key}.")
-        else:
-            yield f"{section}{key}={json.dumps(value, default=str)}"
 
 
 def _settled(loaded: LoadedPreset, *, widen: bool, distill: bool, starts: bool) -> Preset:
@@ -281,7 +270,7 @@ def _settled(loaded: LoadedPreset, *, widen: bool, distill: bool, starts: bool) 
         raise UsageError(f"preset {loaded.name}: it works on latents only; choose a preset with a video section")
     if config.training.trainable is not Trainable.ALL and not starts:
         trainable = config.training.trainable.value
-        raise UsageError(f"training.trainable: {trainable} needs weights to start from; give a checkpoint")
+        raise UsageError(f"training.trainable: {trainable} needs weights to start from; give them with `checkpoint`")
     sampling = config.sampling
     if distill:
         if config.diffusion.prediction is Prediction.EPSILON:

@@ -81,8 +81,6 @@ class Validator:
         self.process = NoiseProcess(preset.diffusion)
         self.objective = Objective(self.model, self.process, TrainingConfig())
         self.sampler = sampler_for(self.process, preset.sampling)
-        for name in preset.training.validation_metrics:
-            metrics.check(name, "training.validation_metrics")
 
     @torch.no_grad()
     def __call__(self, weights: dict[str, Tensor], step: int) -> ValidationReport:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_kit import clip, save
 from torch import Tensor
 
 import ca2vdm_cli
@@ -19,7 +22,7 @@ from ca2vdm_cli.config import Preset
 from ca2vdm_cli.data import Clip
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.samplers import DrawNoise
-from ca2vdm_cli.presets import load_preset
+from ca2vdm_cli.presets import dump_preset, load_preset
 from ca2vdm_cli.training.log import VALIDATION_FILE, StepReport
 from ca2vdm_cli.training.run_folder import WEIGHTS_FILE
 
@@ -180,3 +183,31 @@ def test_a_folder_with_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS_FILE).write_text("somebody's")
     with pytest.raises(UsageError, match=r"out: .* already holds a ema\.safetensors; choose another folder"):
         train("tiny", out=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_plain_script_trains_on_videos(tmp_path: Path) -> None:
+    """Worker processes don't run the script again, so it needs no guard."""
+    (tmp_path / "videos").mkdir()
+    save(tmp_path / "videos" / "clip.mp4", clip(20))
+    (tmp_path / "script.py").write_text(
+        "import ca2vdm_cli\n"
+        "print('once')\n"
+        "quick = {'training.steps': 1, 'training.autoencoder_steps': 1, 'data.workers': 1}\n"
+        "print(ca2vdm_cli.train('tiny', 'videos', out='run', overrides=quick, device='cpu').steps)\n"
+    )
+    script = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert script.stdout.split() == ["once", "1"], script.stderr
+
+
+def test_a_loaded_preset_and_changes_to_it(tmp_path: Path) -> None:
+    loaded = load_preset("tiny", {"training": {"steps": 1, "autoencoder_steps": 1}, "model.depth": 1})
+    assert (loaded.config.training.steps, loaded.config.model.depth) == (1, 1)
+    assert train(loaded, out=tmp_path / "run").steps == 1
+    assert load_preset(loaded, "model.depth=2").config.model.depth == 2
+
+
+def test_a_folder_without_weights_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "preset.yaml").write_text(dump_preset(load_preset("tiny").config))
+    with pytest.raises(UsageError, match=f"checkpoint: {tmp_path} has no weights"):
+        train(checkpoint=tmp_path, out=tmp_path / "run")
