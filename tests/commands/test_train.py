@@ -60,7 +60,7 @@ def test_resumed_training_ends_where_an_uninterrupted_one_does(refused: Refused)
     assert "already holds a run; resume it" in refused(2, *TRAIN, "--steps", 4, "--out", "parts")
     preset = Path("parts/preset.yaml").read_text()
     resume = ["train", *RUN, "--steps", 4, "--out", "parts", "--resume"]
-    assert "has seed 5" in refused(2, *resume, "--seed", 0)
+    assert "not the resumed run's seed, 5" in refused(2, *resume, "--seed", 0)
     assert "tensors" in refused(1, *resume, "--set", "model.depth=3")
     assert "no backend 'nope'" in refused(2, *resume, "--backend", "nope")
     assert Path("parts/preset.yaml").read_text() == preset
