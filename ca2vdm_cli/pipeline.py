@@ -139,8 +139,8 @@ class Pipeline:
         loaded, weights = find_weights(preset, checkpoint, overrides)
         if weights is None and not random_weights:
             raise UsageError(
-                f"preset {loaded.name}: it has no weights; train some (ca2vdm train --preset {loaded.name}), import some "
-                "(ca2vdm import) and give them with `checkpoint`, or choose a preset that has weights (ca2vdm presets)"
+                f"preset {loaded.name}: it has no weights; train some (ca2vdm train --preset {loaded.name}), import "
+                "some (ca2vdm import) and give them with `checkpoint`, or choose a preset with weights (ca2vdm presets)"
             )
         torch_device = resolve_device(device)
         torch_dtype = resolve_dtype(dtype, torch_device)

@@ -85,6 +85,7 @@ def load_preset(name_or_path: str | Path | Preset | LoadedPreset, overrides: Ove
     else:
         path = _find(name_or_path)
         mapping = _read(path)
+    given = path if isinstance(name_or_path, (Preset, LoadedPreset)) else name_or_path
     changes = listed_overrides(overrides)
     source = " ".join([str(path), *(["with"] if changes else []), *map(_clip, changes)])
     for override in changes:
@@ -99,7 +100,7 @@ def load_preset(name_or_path: str | Path | Preset | LoadedPreset, overrides: Ove
         if not (path.parent / file).is_file():
             raise UsageError(
                 f"{path}: {key}: {path.parent / file} does not exist; put the file there, or train new weights: "
-                f"ca2vdm train --preset {path} --set {key}=null"
+                f"ca2vdm train --preset {given} --set {key}=null"
             )
         return path.parent / file
 

@@ -169,6 +169,15 @@ class Forgetful(RecomputedContext):
         pass
 
 
+class Windowless(Forgetful):
+    """Forgets to call its base class's constructor."""
+
+    name = "windowless"
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+
 class Gray(ca2vdm_cli.Autoencoder):
     """Decodes everything to gray."""
 
@@ -283,3 +292,16 @@ def test_given_frames_are_encoded_once_and_a_few_at_a_time(
     again = joined(list(pipeline.extend(given, 4, videos=[0, 1])))
     assert sizes == [4, 4, 1]  # a window of 9, once for both videos
     assert apart(again, frames) <= 1
+
+
+def test_a_context_without_a_window_is_named(pipeline: Pipeline, request: pytest.FixtureRequest) -> None:
+    ca2vdm_cli.contexts.register(Windowless)
+    request.addfinalizer(lambda: ca2vdm_cli.contexts.unregister("windowless"))
+    with pytest.raises(UserError, match="context 'windowless' of Python code has no model; set it in create"):
+        pipeline.sample(4, strategy="windowless")
+
+
+def test_wrong_arguments_end_in_a_line(pipeline: Pipeline) -> None:
+    with pytest.raises(UsageError, match="dtype: 'fp16' is not one of auto, float32, bfloat16, float16"):
+        Pipeline.load("tiny", dtype="fp16", random_weights=True)
+    assert list(pipeline.sample(1, strategy=None))  # type: ignore[arg-type]

@@ -248,7 +248,8 @@ class Mine(DdimSampler):
 def registered(fresh_plugins: None) -> Iterator[None]:
     plugins.samplers.register(Mine)
     yield
-    plugins.samplers.unregister("mine")
+    if "mine" in plugins.samplers:
+        plugins.samplers.unregister("mine")
 
 
 def test_python_code_registers(registered: None) -> None:
@@ -261,6 +262,8 @@ def test_python_code_registers(registered: None) -> None:
     assert "mine" not in plugins.samplers
     with pytest.raises(KeyError):
         plugins.samplers["mine"]
+    with pytest.raises(UsageError, match="sampler 'ddim' was not registered from Python"):
+        plugins.samplers.unregister("ddim")
 
 
 def test_python_code_that_registers_something_wrong(fresh_plugins: None) -> None:

@@ -201,7 +201,7 @@ def test_distilling_a_run_gives_a_preset_of_few_steps(weights: Path, refused: Re
 @pytest.mark.parametrize("part", ["temporal", "lora"])
 def test_part_of_a_model_needs_weights_to_start_from(part: str, refused: Refused) -> None:
     line = refused(2, *TRAIN, "--set", f"training.trainable={part}", "--steps", 1, "--out", "run")
-    assert f"training.trainable: {part} needs weights to start from; give a checkpoint" in line
+    assert f"training.trainable: {part} needs weights to start from; give them with --checkpoint" in line
 
 
 def test_a_fine_tuned_model_is_sampled_as_any_other(weights: Path, make: Make) -> None:

@@ -163,11 +163,11 @@ def test_a_preset_object_and_a_runs_weights(tmp_path: Path) -> None:
     ("options", "expected"),
     [
         ({"resume": True}, "out: .*run has no checkpoints, so there is nothing to resume"),
-        ({"seed": -1}, "seed: -1 must be from 0 to"),
+        ({"seed": -1}, "seed: -1 must be a whole number from 0 to"),
         ({"steps": 0}, "training.steps: 0 must be greater than or equal to 1"),
         ({"teacher": "absent"}, "teacher: absent: no such file or folder"),
-        ({"widen": True}, "preset tiny: it has no weights to widen; give a checkpoint"),
-        ({"widen": True, "teacher": "."}, "widen: this starts a new run; leave out resume and teacher"),
+        ({"widen": True}, "preset tiny: it has no weights to widen; give some with `checkpoint`"),
+        ({"widen": True, "teacher": "."}, "widen: this starts a new run; leave out `resume` and `teacher`"),
         ({"overrides": {"training.trainable": "lora"}}, "training.trainable: lora needs weights to start from"),
         ({"overrides": {"training": {"validation_metrics": ["pnsr"]}}}, "no metric 'pnsr'; did you mean psnr"),
         ({"overrides": {"sampling.sampler": "nope", "training.validate_every": 1}}, "sampler"),
@@ -203,7 +203,7 @@ def test_a_plain_script_trains_on_videos(tmp_path: Path) -> None:
 def test_a_loaded_preset_and_changes_to_it(tmp_path: Path) -> None:
     loaded = load_preset("tiny", {"training": {"steps": 1, "autoencoder_steps": 1}, "model.depth": 1})
     assert (loaded.config.training.steps, loaded.config.model.depth) == (1, 1)
-    assert train(loaded, out=tmp_path / "run").steps == 1
+    assert train(loaded, out=tmp_path / "run", steps=None).steps == 1
     assert load_preset(loaded, "model.depth=2").config.model.depth == 2
 
 

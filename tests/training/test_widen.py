@@ -61,10 +61,10 @@ def test_the_command_trains_the_wider_model(weights: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "tiny"], "preset tiny: it has no weights to widen; give a checkpoint"),
+        (["--preset", "tiny"], "preset tiny: it has no weights to widen; give some with --checkpoint"),
         (["--checkpoint", "none.safetensors"], "none.safetensors: no such file"),
         (["--checkpoint", __file__], "not a readable safetensors file"),
-        (["--preset", "tiny", "--distill", "."], "widen: this starts a new run; leave out resume and teacher"),
+        (["--preset", "tiny", "--distill", "."], "widen: this starts a new run; leave out --resume and --distill"),
     ],
 )
 def test_models_that_cannot_be_widened(arguments: list[str], message: str, refused: Refused, tmp_path: Path) -> None:
