@@ -39,7 +39,8 @@ def notes(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "notes.txt").write_text("a.mp4 it brightens\n")
     ca2vdm_cli.readers.register(NotesReader())
     yield tmp_path
-    ca2vdm_cli.readers.unregister("notes")
+    if "notes" in ca2vdm_cli.readers:
+        ca2vdm_cli.readers.unregister("notes")
 
 
 @pytest.mark.parametrize("format", ["notes", "auto"])
