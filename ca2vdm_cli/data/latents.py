@@ -226,7 +226,7 @@ class LatentClips(Clips):
 
     def crop(self, index: int, side: int) -> Tensor:
         """Raises UsageError: there are no pictures to train an autoencoder on."""
-        raise UsageError("cache_latents: an autoencoder is trained on pictures; train it first, without the cache")
+        raise UsageError("cache_latents: an autoencoder is trained on frames; train it first, without the cache")
 
     def _count(self, video: int) -> int:
         return self._entries[video][1] if video in self._entries else 0

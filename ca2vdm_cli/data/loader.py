@@ -198,7 +198,9 @@ class _Worker:
         except Exception:  # whatever it is, the caller must not wait forever
             self._process.join()
             code = self._process.exitcode
-            why = "out of memory, perhaps" if code == -signal.SIGKILL else "see its error above; is the script guarded?"
+            why = "see its error above; a script with its own clip source needs an if __name__ == '__main__' guard"
+            if code == -signal.SIGKILL:
+                why = "out of memory, perhaps"
             message = f"data.workers: a worker process died with code {code} ({why}); try --set data.workers=0"
             self.results.put((UserError(message), {}))
 

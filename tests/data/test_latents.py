@@ -68,7 +68,7 @@ def test_cached_latents_are_those_of_the_clips(
         torch.testing.assert_close(clips.clip(index, FRAMES).frames, latents, atol=1e-2, rtol=1e-2)
     with ClipLoader(clips, FRAMES, 2, workers=1) as loader:
         assert torch.equal(next(loader).clips[1], clips.clip(1, FRAMES).frames)
-    with pytest.raises(UsageError, match="an autoencoder is trained on pictures"):
+    with pytest.raises(UsageError, match="an autoencoder is trained on frames"):
         clips.crop(0, 8)
 
 
