@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each: the tests already run on all CPUs; set before PyTorch loads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
