@@ -35,8 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "presets": BASE | {"plugins"},
     "runtime": {"errors", "options"},
     "checkpoint": {"errors"},
+    "published": {"checkpoint", "errors"},
     "terminal": {"errors"},
-    "text_encoder": BASE,
+    "text_encoder": BASE | {"checkpoint"},
     "generate": METHOD | {"runtime"},
     "video_io": {"errors", "interrupts", "options"},
     "video_metrics": {"plugins", "video_io"},
@@ -52,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
         *("autoencoder", "config", "data", "errors", "generate", "hookspecs", "model", "pipeline", "plugins"),
         *("presets", "training", "video_metrics"),
     },  # imported when they are used
-    "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "terminal", "training"},
+    "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "published", "terminal", "training"},
     "cli": {"__init__", "commands", "errors", "options", "plugins", "presets"},
     "__main__": {"cli", "errors", "plugins", "terminal"},
 }
