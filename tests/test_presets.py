@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import subprocess
 import sys
 import time
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,23 +292,19 @@ def test_no_value_hangs_takes_memory_or_ends_in_a_traceback() -> None:
         for key in (values if isinstance(values, dict) else [""])
     ]
     keys += [f"text.{key}" for key in ("path", "encoder_folder")]
-    began, refusals = time.process_time(), []
+    began, memory, refusals = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
     draw = random.Random(0)
-    tracemalloc.start()
     for key in keys:
-        for value in draw.sample(HOSTILE, 5):
-            for preset, other in (("moving-digits", []), ("tiny", ["training.parallel_chunks=true"])):
-                try:
-                    config = load_preset(preset, [*other, f"{key}={json.dumps(value)}"]).config
-                except UsageError as error:
-                    refusals.append(str(error))
-                else:
-                    assert len(config.trained_prefixes) <= config.model.context_frames + 1
-                    dump_preset(config)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(refusals) > 500 and all(line.isprintable() for line in refusals)
-    assert peak < 50e6
+        for i, value in enumerate(draw.sample(HOSTILE, 4)):
+            preset, other = (("moving-digits", []), ("tiny", ["training.parallel_chunks=true"]))[i % 2]
+            try:
+                config = load_preset(preset, [*other, f"{key}={json.dumps(value)}"]).config
+            except UsageError as error:
+                refusals.append(str(error))
+            else:
+                assert len(config.trained_prefixes) <= config.model.context_frames + 1
+    assert len(refusals) > 200 and all(line.isprintable() for line in refusals)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000, "kilobytes"
     assert time.process_time() - began < 60
 
 
