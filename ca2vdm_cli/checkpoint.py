@@ -26,7 +26,7 @@ MAX_HEADER = 2**24
 UNREAD = ("bov_token", "pos_embed_temporal", "rope.freqs", "rope.inv_freq")
 """Entries of published checkpoints that a model may carry without reading them. They are ignored, and reported."""
 
-_CHOOSE_PRESET = "choose the preset these weights were trained with"
+CHOOSE_PRESET = "choose the preset these weights were trained with"
 _MAGIC = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself; fetch it with git lfs pull"),
     (b"PK\x03\x04", "a zip archive, such as PyTorch writes; convert it with ca2vdm import"),
@@ -193,9 +193,20 @@ def load_weights(
 
 
 def match_weights(
-    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str, *, partial: bool = False, extra: bool = False
+    own: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    source: str,
+    *,
+    partial: bool = False,
+    extra: bool = False,
+    advice: str = CHOOSE_PRESET,
 ) -> KeyReport:
     """Compare a state dict with a model's; the model's tensors may be on the meta device.
+
+    Args:
+        own: the model's state dict.
+        weights, source, partial, extra: as for ``load_weights``.
+        advice: what to do if the model has other layers or sizes.
 
     Raises:
         UserError: a shape differs (both are named), a key is missing (unless ``partial``) or left over (unless
@@ -210,7 +221,7 @@ def match_weights(
         if own[key].shape != weights[key].shape:
             raise UserError(
                 f"{source}: {key} has shape {tuple(weights[key].shape)}, the model needs {tuple(own[key].shape)}; "
-                f"{_CHOOSE_PRESET}"
+                f"{advice}"
             )
     if not matched:
         raise UserError(
@@ -218,14 +229,14 @@ def match_weights(
             f"weights of another architecture (the first tensor is {next(iter(weights), 'absent')})"
         )
     if missing and not partial:
-        advice = "the checkpoint is incomplete; get a whole one" if _incomplete(missing, matched) else _CHOOSE_PRESET
+        advice = "the checkpoint is incomplete; get a whole one" if _incomplete(missing, matched) else advice
         raise UserError(
             f"{source}: {len(missing)} of {len(own)} tensors are missing, the first is {missing[0]}; {advice}"
         )
     if left_over and not extra:
         parts = {key.partition(".")[0] for key in own} | {"y_embedder"}
         ours = [key for key in left_over if key.partition(".")[0] in parts]
-        advice = _CHOOSE_PRESET if ours else "leave them out of the file (ca2vdm import does)"
+        advice = advice if ours else "leave them out of the file (ca2vdm import does)"
         raise UserError(
             f"{source}: {len(left_over)} tensors are not in the model, the first is {(ours or left_over)[0]}; {advice}"
         )

@@ -16,7 +16,7 @@ CountOrNone = Annotated[int, Field(ge=0, le=10**9)]
 """The same, where 0 is allowed."""
 Size = Annotated[int, Field(ge=1, le=2**16)]
 """A dimension of a tensor: a width, a side, channels, frames of a window, clips of a batch."""
-Depth = Annotated[int, Field(ge=1, le=2**12)]
+Depth = Annotated[int, Field(ge=1, le=2**10)]
 """How many modules or objects are created."""
 Timesteps = Annotated[int, Field(ge=1, le=2**20)]
 """Timesteps of the noise process, or denoising steps; tables have an entry for each."""
