@@ -247,7 +247,7 @@ def _plain_value(name: str) -> Any:
 
     def construct(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
         if not isinstance(node, yaml.ScalarNode) or not pattern.fullmatch(node.value):
-            value = f"{_clip(node.value)!r}" if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+            value = repr(_clip(node.value)) if isinstance(node, yaml.ScalarNode) else "a list or section"
             raise yaml.constructor.ConstructorError(None, None, f"{value} is not of type {name}", node.start_mark)
         return yaml.SafeLoader.yaml_constructors[tag](loader, node)
 

@@ -19,7 +19,7 @@ BASE = {"errors", "config"}
 METHOD = BASE | {"model", "plugins"}
 GENERATE = METHOD | {"generate", "runtime"}
 VIDEO = BASE | {"interrupts", "options", "video_io", "video_codec", "data", "checkpoint", "plugins"}
-PIPELINE = GENERATE | VIDEO | {"presets", "loading", "autoencoder", "text_encoder", "pipeline"}
+PIPELINE = GENERATE | VIDEO | {"memory", "presets", "loading", "autoencoder", "text_encoder", "pipeline"}
 
 # What each package (or top-level module) may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "presets": BASE | {"plugins"},
     "runtime": {"errors", "options"},
     "checkpoint": {"errors"},
+    "memory": BASE | {"runtime"},
     "published": {"checkpoint", "errors"},
     "terminal": {"errors"},
     "text_encoder": BASE | {"checkpoint"},
@@ -44,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": VIDEO,
     "autoencoder": BASE | {"checkpoint", "plugins"},
     "video_codec": {"autoencoder"},
-    "loading": METHOD | {"checkpoint", "presets"},
+    "loading": METHOD | {"checkpoint", "memory", "presets"},
     "pipeline": PIPELINE,
     "processes": BASE | {"runtime"},
     "training": PIPELINE | {"interrupts", "processes", "video_metrics"},

@@ -124,7 +124,7 @@ def test_override_opens_a_section(file: Path) -> None:
         ("video.fps=.inf", 'video.fps: ".inf" must be a valid number'),
         ("video.fps=1e999", "must be text, a finite number"),
         ('model.depth=!!int ""', "overrides: model.depth=!!int \"\": line 1: '' is not of type int"),
-        ("model.depth=!!int [1]", "line 1: a sequence is not of type int"),
+        ("model.depth=!!int [1]", "line 1: a list or section is not of type int"),
         ("model.depth=!!int 0x10", "line 1: '0x10' is not of type int"),
         ("model.mask_channel=!!bool maybe", "line 1: 'maybe' is not of type bool"),
         ("video.fps=!!float .", "line 1: '.' is not of type float"),
@@ -276,7 +276,7 @@ def test_lengths_of_training_clips() -> None:
         config(parallel, absolute, "training.clip_frames=20")
 
 
-HOSTILE = (
+HOSTILE: tuple[object, ...] = (
     *(0, -1, 1, 2, 3, 7, 100, 65_536, 65_537, 10**8, 10**9, 10**18, 10**30, -(10**18)),
     *(0.0, -0.5, 1e-30, 1e300, 0.5, "", "x", "cyclic", "none", "\u202e\n\x9b", True, None, [], [1], [0, 10**9]),
     *({}, {"depth": 1}, [[1]], ["x"], {"": {}}),

@@ -97,7 +97,7 @@ def test_a_file_is_read_by_what_it_is(suffix: str, weights: dict[str, Tensor], t
 @pytest.fixture(params=["safetensors", "bin"])
 def sharded(request: pytest.FixtureRequest, weights: dict[str, Tensor], tmp_path: Path) -> Path:
     """The index of three shards."""
-    where = {}
+    where: dict[str, str] = {}
     for shard in range(3):
         name = f"model-{shard + 1:05d}-of-00003.{request.param}"
         part = {f"model.{key}": value for i, (key, value) in enumerate(weights.items()) if i % 3 == shard}

@@ -18,16 +18,16 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ca2vdm_cli.checkpoint import check_finite_weights, load_tensors, load_weights, match_weights
-from ca2vdm_cli.config import DiffusionConfig, ModelConfig
+from ca2vdm_cli.config import DiffusionConfig, ModelConfig, Preset
 from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.generate.context import make_context
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.loop import Caption, generate
 from ca2vdm_cli.generate.samplers import AncestralSampler
-from ca2vdm_cli.loading import build_model
+from ca2vdm_cli.loading import build_model, model_state
+from ca2vdm_cli.memory import check_generation, generation_needs
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
-from ca2vdm_cli.plugins import backends
 
 INPUTS = {
     "window_clean": "B C P h w",
@@ -111,8 +111,16 @@ class RecordedRun:
             raise UserError(f"{path}: guidance_scale {self.guidance_scale} must be from 0 to {MAX_GUIDANCE:.0f}")
         self._check_tensors()
 
-    def model(self, backend: Backend, device: torch.device, dtype: torch.dtype) -> CausalVideoTransformer:
-        """A model with the recorded weights."""
+    def model(
+        self, backend: Backend, device: torch.device, dtype: torch.dtype, *, force: bool = False
+    ) -> CausalVideoTransformer:
+        """A model with the recorded weights; ``force`` tries to run it even if it needs more memory than there is."""
+        preset = Preset(description="recorded", model=self.config)
+        videos = 2 * max((x.shape[0] for k, x in self.tensors.items() if k.endswith(".first_frames")), default=1)
+        needs = generation_needs(
+            preset, dtype, device, scores=backend.writes_scores, videos=videos, contexts=("cached", "recompute")
+        )
+        check_generation(needs, device, force=force)
         model = build_model(self.config, backend)
         self.unread = load_weights(model, self._weights(), str(self.path)).unread
         return model.to(device, dtype)
@@ -134,9 +142,9 @@ class RecordedRun:
 
     def _check_tensors(self) -> None:
         """Raise ``UserError`` if weights or inputs don't have the shapes of the configuration, before it is built."""
-        with torch.device("meta"):
-            own = build_model(self.config, backends["eager"]).state_dict()
-        match_weights(own, self._weights(), str(self.path), advice="its config does not fit its weights")
+        match_weights(
+            model_state(self.config), self._weights(), str(self.path), advice="its config does not fit its weights"
+        )
         config = self.config
         sizes = {"C": config.in_channels, "l": config.chunk_frames, "M": config.text_tokens, "E": config.text_channels}
         sizes |= {"h": config.latent_height, "w": config.latent_width}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from ca2vdm_cli.checkpoint import KeyReport, match_weights, save_tensors
 from ca2vdm_cli.errors import UsageError
-from ca2vdm_cli.loading import build_model
+from ca2vdm_cli.loading import build_model, model_state
+from ca2vdm_cli.memory import check_memory, parameter_count
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.published import read_published
@@ -35,8 +35,10 @@ def run(
     if output.exists() and not overwrite:
         raise UsageError(f"{output}: exists already; choose another output, or replace it with --overwrite")
     loaded = load_preset(preset, overrides)
-    with nullcontext() if partial else torch.device("meta"):  # its values are needed only if some are missing
-        own = build_model(loaded.config.model, backends["eager"]).state_dict()
+    if partial:  # what is missing gets a new model's values
+        check_memory({"weights": 4 * parameter_count(loaded.config.model)}, torch.device("cpu"), force=None)
+    model = loaded.config.model
+    own = build_model(model, backends["eager"]).state_dict() if partial else model_state(model)
     weights = read_published(checkpoint, own)
     tensors = weights.tensors
     report = match_weights(own, tensors, str(checkpoint), partial=partial, extra=True)

@@ -102,7 +102,8 @@ def test_settings_of_any_kind(recorded: tuple[dict[str, Tensor], dict[str, Any]]
     tensors, config = recorded
     draw = random.Random(0)
     for key in config:
-        for value in draw.sample([0, -1, 3, 10**30, 0.5, "x", "", None, [], [1, 0, 0], {}, True, float("nan")], 2):
+        values: list[object] = [0, -1, 3, 10**30, 0.5, "x", "", None, [], [1, 0, 0], {}, True, float("nan")]
+        for value in draw.sample(values, 2):
             path = write(tensors, config | {key: value})
             with suppress(UserError):
                 RecordedRun(path)
