@@ -211,7 +211,7 @@ def test_incomplete_diffusers_folders_are_refused(diffusers_folder: Path, tmp_pa
     for change, expected in (
         (
             lambda t: t.pop("decoder.conv_in.weight"),
-            "1 of its weights are missing, the first is decoder.conv_in.weight",
+            "1 of its weights are missing, the first is decoder.conv_in",
         ),
         (lambda t: t.update({"decoder.new.bias": torch.ones(1)}), "are of no layer in its config.json"),
         (lambda t: t["quant_conv.bias"].fill_(float("nan")), "quant_conv.bias has 8 values of 8 that are NaN"),
@@ -239,7 +239,7 @@ def test_damaged_diffusers_folders_end_in_one_line(diffusers_folder: Path, tmp_p
     config = folder / "config.json"
     settings, header = json.loads(config.read_text()), 8 + int.from_bytes(weights.read_bytes()[:8], "little")
     intact = {file: file.read_bytes() for file in (config, weights)}
-    for case in range(60):
+    for case in range(40):
         for file, content in intact.items():
             file.write_bytes(content)
         if case % 2:
@@ -247,10 +247,10 @@ def test_damaged_diffusers_folders_end_in_one_line(diffusers_folder: Path, tmp_p
             config.write_text(json.dumps({**settings, key: draw.choice(DAMAGED_SETTINGS)}))
         else:
             file = (config, weights)[case // 2 % 2]
-            content = bytearray(intact[file])
+            damaged = bytearray(intact[file])
             for _ in range(draw.randint(1, 3)):
-                content[draw.randrange(min(header, len(content)))] = draw.randrange(256)
-            file.write_bytes(content)
+                damaged[draw.randrange(min(header, len(damaged)))] = draw.randrange(256)
+            file.write_bytes(damaged)
         with suppress(UserError):
             autoencoder = load_autoencoder(
                 AutoencoderConfig(kind="diffusers", path=str(folder), downsample=2), VIDEO, 4
