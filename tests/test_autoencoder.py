@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -208,14 +209,12 @@ def test_incomplete_diffusers_folders_are_refused(diffusers_folder: Path, tmp_pa
     shutil.copytree(diffusers_folder, folder)
     (file,) = folder.glob("*.safetensors")
     tensors, intact = load_file(file), file.read_bytes()
-    for change, expected in (
-        (
-            lambda t: t.pop("decoder.conv_in.weight"),
-            "1 of its weights are missing, the first is decoder.conv_in",
-        ),
+    changes: tuple[tuple[Callable[[dict[str, torch.Tensor]], object], str], ...] = (
+        (lambda t: t.pop("decoder.conv_in.weight"), "1 of its weights are missing, the first is decoder.conv_in"),
         (lambda t: t.update({"decoder.new.bias": torch.ones(1)}), "are of no layer in its config.json"),
         (lambda t: t["quant_conv.bias"].fill_(float("nan")), "quant_conv.bias has 8 values of 8 that are NaN"),
-    ):
+    )
+    for change, expected in changes:
         changed = {key: value.clone() for key, value in tensors.items()}
         change(changed)
         save_file(changed, file, {"format": "pt"})
