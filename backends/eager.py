@@ -13,6 +13,7 @@ class EagerBackend(Backend):
     name = "eager"
     description = "plain matmul and softmax, the reference"
     priority = 0
+    writes_scores = True
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, H, Q, K)

@@ -84,6 +84,7 @@ class SdpaBackend(EagerBackend):
     name = "sdpa"
     description = "fused attention (flash, memory-efficient and cuDNN kernels if the device has them)"
     priority = 10
+    writes_scores = False
 
     def __init__(self) -> None:
         self._flash_attn: Callable[..., Any] | None = None

@@ -6,17 +6,15 @@ Shapes: N frames, C channels, H and W pixels; c latent channels, h = H / downsam
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import save_tensors
+from .checkpoint import check_finite_weights, load_tensors, load_weights, save_tensors
 from .config import AutoencoderConfig, VideoConfig
-from .errors import UsageError, UserError, first_line
+from .errors import UsageError, UserError
 from .plugins import Registry
 from .plugins import autoencoders as _autoencoders
 
@@ -182,19 +180,8 @@ class DiffusersAutoencoder(Autoencoder):
 
     def __init__(self, config: AutoencoderConfig, video: VideoConfig, in_channels: int) -> None:
         super().__init__(config, video, in_channels)
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError as error:
-            raise UserError(
-                "autoencoder: this preset needs diffusers, which is not installed; pip install 'ca2vdm[latent]'"
-            ) from error
-        try:
-            self.model = AutoencoderKL.from_pretrained(config.path)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"autoencoder.path: no AutoencoderKL can be loaded from {config.path} ({first_line(error)}); give a "
-                "folder, or a name on the hub"
-            ) from error
+        assert config.path is not None
+        self.model = _load_autoencoder_kl(config.path)
         for setting, theirs, ours in (
             ("model.in_channels", self.model.config.latent_channels, in_channels),
             ("autoencoder.downsample", 2 ** (len(self.model.config.block_out_channels) - 1), config.downsample),
@@ -212,6 +199,62 @@ class DiffusersAutoencoder(Autoencoder):
         """(N, c, h, w) -> (N, C, H, W) in [-1, 1]; gray is the mean of red, green and blue."""
         rgb = self.model.decode(latents / self.scale_factor).sample
         return (rgb if self.channels == 3 else rgb.mean(1, keepdim=True)).clamp(-1, 1)
+
+
+def _load_autoencoder_kl(path: str) -> Any:
+    """An ``AutoencoderKL`` from a folder or a hub name, with all of its weights."""
+    try:
+        from diffusers import AutoencoderKL
+        from diffusers.utils import logging
+    except ImportError as error:
+        raise UserError(
+            "autoencoder: this preset needs diffusers, which is not installed; pip install 'ca2vdm[latent]'"
+        ) from error
+    _check_folder(Path(path))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # the errors below say what is wrong
+    try:
+        model, info = AutoencoderKL.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged folder can make the library raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"autoencoder.path: no AutoencoderKL can be loaded from {path} ({reason}); give a folder with config.json "
+            "and safetensors, or a name on the hub"
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    own = [name for name, _ in model.named_children()]
+    extra = [key for key in info["unexpected_keys"] if key.partition(".")[0] in own or "quant_conv" in key]
+    for problem, keys in (("are missing", info["missing_keys"]), ("are of no layer in its config.json", extra)):
+        if keys:
+            raise UserError(
+                f"autoencoder.path: {path} is damaged: {len(keys)} of its weights {problem}, the first is {min(keys)}; "
+                "get it again"
+            )
+    for key, value in model.state_dict().items():
+        check_finite_weights(key, value, f"autoencoder.path: {path}")
+    return model
+
+
+def _check_folder(folder: Path) -> None:
+    """Name the damaged file of a local folder, which diffusers does not; nothing for a hub name.
+
+    Raises:
+        UserError: a file can't be read, or there are no safetensors.
+    """
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        names = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "nothing"
+        raise UserError(
+            f"autoencoder.path: {folder} has no weights as safetensors, but {names}; save the autoencoder again with "
+            "safe_serialization=True"
+        )
+    for file in files:
+        load_tensors(file)
 
 
 autoencoders: Registry[type[Autoencoder]] = _autoencoders
@@ -237,26 +280,8 @@ def load_autoencoder(
     autoencoders.check(config.kind, "autoencoder.kind")
     autoencoder = autoencoders[config.kind](config, video, in_channels)
     if weights_path is not None:
-        _load_weights(autoencoder, weights_path)
+        load_weights(autoencoder, load_tensors(weights_path)[0], f"autoencoder weights: {weights_path}")
     return autoencoder.eval().requires_grad_(False)
-
-
-def _load_weights(autoencoder: Autoencoder, path: Path) -> None:
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"autoencoder weights: {path} cannot be read ({first_line(error)}); name a safetensors file"
-        ) from error
-    ours = autoencoder.state_dict()
-    for key in sorted(ours.keys() | weights.keys()):
-        have, need = (tuple(state[key].shape) if key in state else "nothing" for state in (weights, ours))
-        if have != need:
-            raise UserError(
-                f"autoencoder weights: {path} has {have} at {key}, this preset's autoencoder needs {need}; name the "
-                "file it was trained with"
-            )
-    autoencoder.load_state_dict(weights)
 
 
 def save_autoencoder(autoencoder: Autoencoder, path: Path) -> None:

@@ -119,6 +119,9 @@ FpsOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object with all results on standard output.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Try it even if the estimate says that there is too little memory.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -162,6 +165,7 @@ def sample(
     json: JsonOption = False,
     quiet: QuietOption = False,
     overwrite: OverwriteOption = False,
+    force: ForceOption = False,
 ) -> None:
     """Generate a video of any length.
 
@@ -177,6 +181,7 @@ def sample(
             "backend": backend,
             "device": device,
             "dtype": dtype.value,
+            "force": force,
         },
         options={
             "seed": seed,
@@ -228,6 +233,7 @@ def extend(
     json: JsonOption = False,
     quiet: QuietOption = False,
     overwrite: OverwriteOption = False,
+    force: ForceOption = False,
 ) -> None:
     """Continue a video.
 
@@ -243,6 +249,7 @@ def extend(
             "backend": backend,
             "device": device,
             "dtype": dtype.value,
+            "force": force,
         },
         options={
             "seed": seed,
@@ -312,6 +319,7 @@ def train(
     set_: SetOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
+    force: ForceOption = False,
 ) -> None:
     """Train a model on videos, or on synthetic data."""
     fit = None if aspect is None else aspect.value
@@ -341,6 +349,7 @@ def train(
         overrides=set_ or [],
         as_json=json,
         quiet=quiet,
+        force=force,
     )
 
 
@@ -396,6 +405,7 @@ def bench(
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
+    force: ForceOption = False,
 ) -> None:
     """Benchmark the cache against baselines.
 
@@ -421,6 +431,7 @@ def bench(
         outputs=output or [],
         as_json=json,
         quiet=quiet,
+        force=force,
     )
 
 
@@ -486,6 +497,7 @@ def verify(
     dtype: Annotated[Dtype, typer.Option(help="Data type; float32 reveals the smallest errors.")] = Dtype.FLOAT32,
     set_: SetOption = None,
     json: JsonOption = False,
+    force: ForceOption = False,
 ) -> None:
     """Check that cached and recomputed frames are equal.
 
@@ -505,6 +517,7 @@ def verify(
         dtype=dtype.value,
         overrides=set_ or [],
         as_json=json,
+        force=force,
     )
     raise typer.Exit(code)
 
@@ -513,7 +526,10 @@ def verify(
 def import_(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CHECKPOINT", help="A state dict in the published format: .pt, .pth or .safetensors."),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A checkpoint in the published format: a file, an index of shards, or a folder.",
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The safetensors file to write.")],
     preset: Annotated[str, typer.Option(help="The preset that the weights are for.", autocompletion=_preset_names)],

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .checkpoint import load_tensors, load_weights
 from .config import ModelConfig, Preset
 from .errors import UsageError
+from .memory import parameter_count
 from .model.attention import Backend
 from .model.transformer import CausalVideoTransformer
+from .plugins import backends
 from .presets import DEFAULT_PRESET, PRESET_FILE, LoadedPreset, Overrides, load_preset
+
+LARGE = 10**7
+"""Parameters of a model that takes longer to build than the meta device to load."""
 
 
 def find_weights(
@@ -69,6 +75,15 @@ def build_model(
     if weights is not None:
         load_weights(model, load_tensors(weights)[0], str(weights))
     return model.to(device=device, dtype=dtype).train(trainable).requires_grad_(trainable)
+
+
+def model_state(config: ModelConfig) -> dict[str, Tensor]:
+    """A new model's state dict, to compare another one with; on the meta device if the model is large.
+
+    The meta device needs no memory, but PyTorch takes seconds to load what it needs for it.
+    """
+    with torch.device("meta" if parameter_count(config) > LARGE else "cpu"):
+        return CausalVideoTransformer(config, backends["eager"]).state_dict()
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from .generate.diffusion import NoiseProcess
 from .generate.loop import Caption, LatentChunk, SeededNoise, generate, stored_caption
 from .generate.samplers import sampler_for
 from .loading import build_model, find_weights, randomize
+from .memory import check_generation, generation_needs
 from .model.attention import Backend
 from .model.transformer import CausalVideoTransformer
 from .plugins import choose_backend
@@ -103,6 +104,8 @@ class Pipeline:
         self.preset, self.model, self.autoencoder, self.trained = preset, model, autoencoder, trained
         self.config: Preset = preset.config
         self.process = NoiseProcess(self.config.diffusion)
+        self.force = False
+        """Whether to go on even if the estimate says that there is too little memory."""
         self._text_encoder: TextEncoder | None = None  # loaded for the first prompt
 
     @classmethod
@@ -118,6 +121,7 @@ class Pipeline:
         random_weights: bool = False,
         pixels: bool = True,
         seed: int = 0,
+        force: bool = False,
     ) -> Pipeline:
         """Load a preset and its weights.
 
@@ -131,6 +135,7 @@ class Pipeline:
             random_weights: allow a preset without weights; they are then drawn from ``seed`` (for benchmarks).
             pixels: whether to load the autoencoder; without it there are latents only.
             seed: seed of random weights.
+            force: go on even if the estimate says that there is too little memory, now and when generating.
 
         Raises:
             UsageError: an argument names something that does not exist or does not fit.
@@ -145,6 +150,14 @@ class Pipeline:
         torch_device = resolve_device(device)
         torch_dtype = resolve_dtype(dtype, torch_device)
         chosen = choose_backend(backend, torch_device, torch_dtype)
+        needs = generation_needs(
+            loaded.config,
+            torch_dtype,
+            torch_device,
+            scores=chosen.writes_scores,
+            weights_file_bytes=0 if weights is None else weights.stat().st_size,
+        )
+        check_generation(needs, torch_device, force=force)
         with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
             torch.manual_seed(seed)
             model = build_model(loaded.config.model, chosen, weights=weights)
@@ -152,7 +165,24 @@ class Pipeline:
                 randomize(model)
         model.to(torch_device, torch_dtype)
         autoencoder = _load_autoencoder(loaded, torch_device) if pixels and weights is not None else None
-        return cls(loaded, model, autoencoder, trained=weights is not None)
+        pipeline = cls(loaded, model, autoencoder, trained=weights is not None)
+        pipeline.force = force
+        return pipeline
+
+    def check_memory(
+        self, contexts: Sequence[str] = ("cached",), videos: int = 1, context_frames: int | None = None
+    ) -> None:
+        """Raise ``UsageError`` if these contexts together need more memory than there is, unless ``force`` is set."""
+        needs = generation_needs(
+            self.config,
+            self.model.dtype,
+            self.model.device,
+            scores=self.backend.writes_scores,
+            videos=videos,
+            context_frames=context_frames,
+            contexts=contexts,
+        )
+        check_generation(needs, self.model.device, force=self.force, loaded=True)
 
     @property
     def backend(self) -> Backend:
@@ -235,10 +265,12 @@ class Pipeline:
         strategy = options.get("strategy") or "cached"
         contexts.check(strategy, "strategy")
         caption = self._caption(options, len(videos))
+        rows = len(videos) * (2 if caption is not None and caption.guided else 1)
+        self.check_memory((strategy,), rows, options.get("context_frames"))
         context = make_context(
             self.model,
             strategy,
-            len(videos) * (2 if caption is not None and caption.guided else 1),
+            rows,
             context_frames=options.get("context_frames"),
             timesteps=sampler.timesteps,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -30,6 +30,9 @@ PRESET_FILE = "preset.yaml"
 """File name of a preset that has its own folder."""
 MAX_BYTES = 64 * 1024
 """Size limit of a preset; a larger file is not one."""
+
+MAX_NESTING = 8
+"""How deeply lists and sections may be nested in one."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,10 @@ def load_preset(name_or_path: str | Path | Preset | LoadedPreset, overrides: Ove
         file: str | None = getattr(config, key)
         if file is None:
             return None
-        if not (path.parent / file).is_file():
+        if not _exists(path.parent / file):
+            shown = _clip(repr(file)) if len(file) > 60 or not file.isprintable() else path.parent / file
             raise UsageError(
-                f"{path}: {key}: {path.parent / file} does not exist; put the file there, or train new weights: "
+                f"{path}: {key}: {shown} does not exist; put the file there, or train new weights: "
                 f"ca2vdm train --preset {given} --set {key}=null"
             )
         return path.parent / file
@@ -186,12 +190,22 @@ def _find(name_or_path: str | Path) -> Path:
     if str(name_or_path) in builtin:
         return builtin[str(name_or_path)]
     path = Path(name_or_path)
-    if path.is_file():
+    if _exists(path):
         return path
-    if (path / PRESET_FILE).is_file():
+    if _exists(path / PRESET_FILE):
         return path / PRESET_FILE
-    reason = f"is a folder without {PRESET_FILE}" if path.is_dir() else "is neither built in nor a file"
-    raise UsageError(f"preset {str(name_or_path)!r} {reason}; built in: {', '.join(sorted(builtin))}")
+    reason = f"is a folder without {PRESET_FILE}" if _exists(path, Path.is_dir) else "is neither built in nor a file"
+    near = difflib.get_close_matches(str(name_or_path), sorted(builtin), n=3)
+    advice = f"did you mean {' or '.join(near)}?" if near else f"built in: {', '.join(sorted(builtin))}"
+    raise UsageError(f"preset {_clip(repr(str(name_or_path)))} {reason}; {advice}")
+
+
+def _exists(path: Path, check: Callable[[Path], bool] = Path.is_file) -> bool:
+    """Whether there is such a file or folder; also False for a name that no file can have."""
+    try:
+        return check(path)
+    except (OSError, ValueError):  # too long, or with a null character
+        return False
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -227,23 +241,43 @@ _PLAIN_VALUES = {
 }
 
 
+def _plain_value(name: str) -> Any:
+    """The constructor of a plain value, which checks its form: an explicit tag (``!!int x``) may claim anything."""
+    tag, pattern = f"tag:yaml.org,2002:{name}", regex(_PLAIN_VALUES[name])
+
+    def construct(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+        if not isinstance(node, yaml.ScalarNode) or not pattern.fullmatch(node.value):
+            value = repr(_clip(node.value)) if isinstance(node, yaml.ScalarNode) else "a list or section"
+            raise yaml.constructor.ConstructorError(None, None, f"{value} is not of type {name}", node.start_mark)
+        return yaml.SafeLoader.yaml_constructors[tag](loader, node)
+
+    return construct
+
+
 class _Loader(yaml.SafeLoader):
-    """``yaml.SafeLoader`` with only the plain values of YAML 1.2, which rejects aliases and duplicate keys."""
+    """Only the plain values of YAML 1.2; aliases, duplicate keys and deep nesting are rejected."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
     yaml_constructors: ClassVar[dict[str | None, Any]] = {
         tag: yaml.SafeLoader.yaml_constructors[tag]
-        for tag in (*(f"tag:yaml.org,2002:{name}" for name in (*_PLAIN_VALUES, "str", "seq", "map")), None)
-    }
+        for tag in (*(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")), None)
+    } | {f"tag:yaml.org,2002:{name}": _plain_value(name) for name in _PLAIN_VALUES}
+
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "aliases are not allowed", self.get_mark())
-        return super().compose_node(parent, index)
+        if self.depth == MAX_NESTING:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_NESTING} deep", self.get_mark())
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode) or key.value in seen:
                 problem = f"duplicate key {key.value!r}" if isinstance(key, yaml.ScalarNode) else "a key must be a word"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
@@ -329,6 +363,8 @@ def _first_problem(error: ValidationError) -> str:
     value = _shown(problem["input"])
     if unknown:
         line = f"{key}: there is no such key (its value is {value}); {_allowed(key)}"
+    elif problem["type"] == "json_invalid":  # text with half a surrogate pair
+        line = f"a value is not text that can be written as UTF-8 ({problem['ctx']['error']})"
     elif problem["type"] == "missing":
         line = f"{key}: missing, and it has no default"
     elif problem["type"] == "value_error":  # the message of config names the field, but not its section
@@ -341,7 +377,8 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _shown(value: object) -> str:
-    return _clip(json.dumps(value, ensure_ascii=False))
+    text = json.dumps(value, ensure_ascii=False)
+    return _clip(text if text.isprintable() else json.dumps(value))
 
 
 def _clip(text: str) -> str:

@@ -7,7 +7,9 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -103,12 +105,39 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Free bytes of the GPU or of the machine; None if the system does not report them."""
+    """Free bytes of the GPU, or of the machine or container; None if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+        machine = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+        return max(0, min([machine, *_limits()]))
     return None
+
+
+def _limits() -> Iterator[int]:
+    """Bytes that limits on this process leave: on its address space (``ulimit -v``), and its control groups'."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+            yield limit - int(file.read().split()[0]) * resource.getpagesize()
+    with suppress(OSError), open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if not controllers:  # version 2
+                yield from _group_limit(Path("/sys/fs/cgroup"), path, "memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                yield from _group_limit(Path("/sys/fs/cgroup/memory"), path, *names)
+
+
+def _group_limit(root: Path, path: str, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
+    """What a control group and those around it leave. In a container the path may not exist: its folder is the root."""
+    group = root / path.strip("/")
+    for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+        with suppress(OSError, ValueError):
+            most, used = (int((folder / name).read_text()) for name in (limit, usage))  # "max" is no number
+            facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            yield most - used + int(facts.get(reclaimable, 0))
 
 
 def resident_memory() -> int:

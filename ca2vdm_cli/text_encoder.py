@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from .checkpoint import check_finite_weights
 from .config import ModelConfig, TextConfig
 from .errors import UserError
 
@@ -60,12 +60,16 @@ class TextEncoder:
                     use_safetensors=True,
                     output_loading_info=True,
                 )
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged folder can make the library raise anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"text.path: no T5 encoder can be loaded from {config.path}: {reason}") from error
+            raise UserError(f"text.path: no T5 encoder can be loaded from {config.path}: {reason}") from None
         if info["missing_keys"]:
             first = min(info["missing_keys"])
             raise UserError(f"text.path: {config.path} is not a T5 encoder: it has no weights for {first}")
+        for key, value in self.model.state_dict().items():
+            check_finite_weights(key, value, f"text.path: {config.path}")
         theirs = self.model.config
         if theirs.d_model != model.text_channels:
             raise UserError(

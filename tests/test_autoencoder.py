@@ -1,12 +1,17 @@
 """Autoencoders: shapes, properties of the latents, training, and errors that name the mismatch."""
 
+import json
+import random
+import shutil
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from command_kit import batch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from ca2vdm_cli.autoencoder import ConvAutoencoder, LowPassAutoencoder, load_autoencoder, save_autoencoder
@@ -109,10 +114,10 @@ def test_saving_and_loading_rounds_to_half_precision(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_are_refused_with_both_shapes(tmp_path: Path) -> None:
     path = tmp_path / "autoencoder.safetensors"
     save_autoencoder(random_autoencoder(), path)
-    with pytest.raises(UserError, match=r"has \(16, 4, 3, 3\) at decoder\.0\.weight, .* needs \(16, 6, 3, 3\)"):
+    with pytest.raises(UserError, match=r"has shape \(4, 16, 3, 3\), the model needs \(6, 16, 3, 3\)"):
         load_autoencoder(SMALL, VIDEO, 6, path)
     path.write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not a readable safetensors file"):
         load_autoencoder(SMALL, VIDEO, 4, path)
     with pytest.raises(UsageError, match="latents only"):
         load_autoencoder(AutoencoderConfig(), VIDEO, 4)
@@ -175,6 +180,81 @@ def test_diffusers_autoencoder(tmp_path: Path) -> None:
     absent = AutoencoderConfig(kind="diffusers", path=str(tmp_path / "absent"), downsample=2)
     with pytest.raises(UserError, match=r"autoencoder\.path: no AutoencoderKL can be loaded from"):
         load_autoencoder(absent, rgb, 4)
+
+
+DAMAGED_SETTINGS: tuple[object, ...] = (None, 0, -1, 10**9, "x", [], {}, [1], [0, 0], 1.5, True, [8, 8, 8])
+
+
+@pytest.fixture(scope="module")
+def diffusers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small AutoencoderKL with random weights."""
+    diffusers, folder = pytest.importorskip("diffusers"), tmp_path_factory.mktemp("vae")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, **blocks).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def diffusers_refusal(folder: Path) -> str:
+    config = AutoencoderConfig(kind="diffusers", path=str(folder), downsample=2)
+    with pytest.raises(UserError) as error:
+        load_autoencoder(config, VIDEO, 4)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_incomplete_diffusers_folders_are_refused(diffusers_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "vae"
+    shutil.copytree(diffusers_folder, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors, intact = load_file(file), file.read_bytes()
+    changes: tuple[tuple[Callable[[dict[str, torch.Tensor]], object], str], ...] = (
+        (lambda t: t.pop("decoder.conv_in.weight"), "1 of its weights are missing, the first is decoder.conv_in"),
+        (lambda t: t.update({"decoder.new.bias": torch.ones(1)}), "are of no layer in its config.json"),
+        (lambda t: t["quant_conv.bias"].fill_(float("nan")), "quant_conv.bias has 8 values of 8 that are NaN"),
+    )
+    for change, expected in changes:
+        changed = {key: value.clone() for key, value in tensors.items()}
+        change(changed)
+        save_file(changed, file, {"format": "pt"})
+        assert expected in diffusers_refusal(folder)
+    file.write_bytes(intact[:-5])
+    assert f"it is cut off after {len(intact) - 5} of {len(intact)} bytes" in diffusers_refusal(folder)
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "git-lfs" in diffusers_refusal(folder)
+    file.unlink()
+    torch.save(tensors, folder / "diffusion_pytorch_model.bin")
+    assert "has no weights as safetensors, but diffusion_pytorch_model.bin" in diffusers_refusal(folder)
+    file.write_bytes(intact)  # beside the .bin
+    load_autoencoder(AutoencoderConfig(kind="diffusers", path=str(folder), downsample=2), VIDEO, 4)
+
+
+def test_damaged_diffusers_folders_end_in_one_line(diffusers_folder: Path, tmp_path: Path) -> None:
+    """Any value in the configuration, and any damage to it or to the weights' header."""
+    draw, folder = random.Random(0), tmp_path / "vae"
+    shutil.copytree(diffusers_folder, folder)
+    (weights,) = folder.glob("*.safetensors")
+    config = folder / "config.json"
+    settings, header = json.loads(config.read_text()), 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    intact = {file: file.read_bytes() for file in (config, weights)}
+    for case in range(40):
+        for file, content in intact.items():
+            file.write_bytes(content)
+        if case % 2:
+            key = draw.choice(list(settings))
+            config.write_text(json.dumps({**settings, key: draw.choice(DAMAGED_SETTINGS)}))
+        else:
+            file = (config, weights)[case // 2 % 2]
+            damaged = bytearray(intact[file])
+            for _ in range(draw.randint(1, 3)):
+                damaged[draw.randrange(min(header, len(damaged)))] = draw.randrange(256)
+            file.write_bytes(damaged)
+        with suppress(UserError):
+            autoencoder = load_autoencoder(
+                AutoencoderConfig(kind="diffusers", path=str(folder), downsample=2), VIDEO, 4
+            )
+            autoencoder.decode(autoencoder.encode(torch.zeros(1, 1, 32, 32)))
 
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

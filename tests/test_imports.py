@@ -19,7 +19,7 @@ BASE = {"errors", "config"}
 METHOD = BASE | {"model", "plugins"}
 GENERATE = METHOD | {"generate", "runtime"}
 VIDEO = BASE | {"interrupts", "options", "video_io", "video_codec", "data", "checkpoint", "plugins"}
-PIPELINE = GENERATE | VIDEO | {"presets", "loading", "autoencoder", "text_encoder", "pipeline"}
+PIPELINE = GENERATE | VIDEO | {"memory", "presets", "loading", "autoencoder", "text_encoder", "pipeline"}
 
 # What each package (or top-level module) may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
@@ -35,15 +35,17 @@ ALLOWED: dict[str, set[str]] = {
     "presets": BASE | {"plugins"},
     "runtime": {"errors", "options"},
     "checkpoint": {"errors"},
+    "memory": BASE | {"runtime"},
+    "published": {"checkpoint", "errors"},
     "terminal": {"errors"},
-    "text_encoder": BASE,
+    "text_encoder": BASE | {"checkpoint"},
     "generate": METHOD | {"runtime"},
     "video_io": {"errors", "interrupts", "options"},
     "video_metrics": {"plugins", "video_io"},
     "data": VIDEO,
     "autoencoder": BASE | {"checkpoint", "plugins"},
     "video_codec": {"autoencoder"},
-    "loading": METHOD | {"checkpoint", "presets"},
+    "loading": METHOD | {"checkpoint", "memory", "presets"},
     "pipeline": PIPELINE,
     "processes": BASE | {"runtime"},
     "training": PIPELINE | {"interrupts", "processes", "video_metrics"},
@@ -52,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         *("autoencoder", "config", "data", "errors", "generate", "hookspecs", "model", "pipeline", "plugins"),
         *("presets", "training", "video_metrics"),
     },  # imported when they are used
-    "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "terminal", "training"},
+    "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "published", "terminal", "training"},
     "cli": {"__init__", "commands", "errors", "options", "plugins", "presets"},
     "__main__": {"cli", "errors", "plugins", "terminal"},
 }

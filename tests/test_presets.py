@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import random
+import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +123,24 @@ def test_override_opens_a_section(file: Path) -> None:
         ("model.causality=none", "model.causality: \"none\" must be 'causal' or 'partial'"),
         ("video.fps=.inf", 'video.fps: ".inf" must be a valid number'),
         ("video.fps=1e999", "must be text, a finite number"),
+        ('model.depth=!!int ""', "overrides: model.depth=!!int \"\": line 1: '' is not of type int"),
+        ("model.depth=!!int [1]", "line 1: a list or section is not of type int"),
+        ("model.depth=!!int 0x10", "line 1: '0x10' is not of type int"),
+        ("model.mask_channel=!!bool maybe", "line 1: 'maybe' is not of type bool"),
+        ("video.fps=!!float .", "line 1: '.' is not of type float"),
+        ("video=!!null 3", "line 1: '3' is not of type null"),
+        ("video=!!map [1]", "line 1: expected a mapping node, but found sequence"),
+        ("video=!!map 3", "line 1: expected a mapping node, but found scalar"),
+        ("model.depth=!!timestamp x", "could not determine a constructor for the tag"),
+        ("model.context_frames=100000000", "context_frames: 100000000 must be less than or equal to 65536"),
+        ("model.mlp_ratio=1e-9", "model.mlp_ratio: 1e-09 must leave the MLP at least one of hidden_size 48 channels"),
+        ("weights='a\0b'", "not valid YAML"),
+        ('weights="a\\0b"', "weights: 'a\\x00b' does not exist"),
+        (f"weights={'x' * 5000}", "does not exist; put the file there"),
+        (f"model.depth={'9' * 4000}", "model.depth: 9"),
+        (f"model.depth={'9' * 5000}", "not valid YAML"),
+        (f"description={'[' * 500 + ']' * 500}", "line 1: nested more than 8 deep"),
+        ('description="\\ud800"', "a value is not text that can be written as UTF-8"),
     ],
 )
 def test_refused_overrides(override: str, expected: str) -> None:
@@ -157,7 +179,10 @@ def test_refused_overrides(override: str, expected: str) -> None:
         (SMALL, "- 1", "contains [1]; a preset has keys"),
         (SMALL, "a: b: c", "line 1: mapping values are not allowed here"),
         (SMALL, "\0", "not valid YAML"),
-        (SMALL, "[" * 20_000, "not valid YAML"),
+        (SMALL, "[" * 60_000, "line 1: nested more than 8 deep"),
+        (SMALL, "- " * 30_000, "line 1: nested more than 8 deep"),
+        (SMALL, "? " * 30_000, "line 1: nested more than 8 deep"),
+        (SMALL, "{a: " * 15_000, "line 1: nested more than 8 deep"),
         (SMALL, "# " + MAX_BYTES * "x", "larger than 64 KiB, so not a preset"),
     ],
 )
@@ -177,7 +202,11 @@ def test_words_and_numbers_are_what_they_look_like(file: Path) -> None:
 
 def test_unknown_preset_lists_the_known_ones(tmp_path: Path) -> None:
     known = "bench-small, ca2-vdm-base, ca2-vdm-xl, moving-digits, one-clip, tiny"
-    assert refusal("moving-digit").endswith(f"built in: {known}")
+    assert refusal("something-else").endswith(f"is neither built in nor a file; built in: {known}")
+    assert refusal("moving-digit").endswith("is neither built in nor a file; did you mean moving-digits?")
+    assert refusal("tin").endswith("did you mean tiny?")
+    assert "is neither built in nor a file" in refusal("x" * 5000)
+    assert "is neither built in nor a file" in refusal("a\0b")
     assert f"is a folder without {PRESET_FILE}" in refusal(tmp_path)
 
 
@@ -245,3 +274,42 @@ def test_lengths_of_training_clips() -> None:
         config(parallel, start, "training.clip_frames=4")
     with pytest.raises(UsageError, match="clip_frames: 20 must be at most the 13 absolute positions"):
         config(parallel, absolute, "training.clip_frames=20")
+
+
+HOSTILE: tuple[object, ...] = (
+    *(0, -1, 1, 2, 3, 7, 100, 65_536, 65_537, 10**8, 10**9, 10**18, 10**30, -(10**18)),
+    *(0.0, -0.5, 1e-30, 1e300, 0.5, "", "x", "cyclic", "none", "\u202e\n\x9b", True, None, [], [1], [0, 10**9]),
+    *({}, {"depth": 1}, [[1]], ["x"], {"": {}}),
+)
+"""Values for every setting: of all types, of all sizes."""
+
+
+def test_no_value_hangs_takes_memory_or_ends_in_a_traceback() -> None:
+    """Every setting of two presets, with values of all kinds; reading a preset takes a few milliseconds."""
+    keys = [
+        f"{section}.{key}" if isinstance(values, dict) else section
+        for section, values in to_mapping(load_preset("moving-digits").config).items()
+        for key in (values if isinstance(values, dict) else [""])
+    ]
+    keys += [f"text.{key}" for key in ("path", "encoder_folder")]
+    began, memory, refusals = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    draw = random.Random(0)
+    for key in keys:
+        for i, value in enumerate(draw.sample(HOSTILE, 4)):
+            preset, other = (("moving-digits", []), ("tiny", ["training.parallel_chunks=true"]))[i % 2]
+            try:
+                config = load_preset(preset, [*other, f"{key}={json.dumps(value)}"]).config
+            except UsageError as error:
+                refusals.append(str(error))
+            else:
+                assert len(config.trained_prefixes) <= config.model.context_frames + 1
+    assert len(refusals) > 200 and all(line.isprintable() for line in refusals)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000, "kilobytes"
+    assert time.process_time() - began < 60
+
+
+def test_the_shortest_prefix_needs_no_list_of_all() -> None:
+    for overrides in ([], ["diffusion.unconditional_start=false"], ["training.parallel_chunks=true"]):
+        for lengths in ("null", "[0, 3]", "[4, 0, 9]"):
+            config = load_preset("tiny", [*overrides, f"training.prefix_lengths={lengths}"]).config
+            assert config.first_prefix == min(config.prefixes)

@@ -18,13 +18,14 @@ from ca2vdm_cli import __version__
 from ca2vdm_cli.autoencoder import autoencoders, load_autoencoder
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.generate.context import CachedContext, RecomputedContext, contexts
+from ca2vdm_cli.memory import cache_bytes, text_bytes
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.presets import dump_preset
 from ca2vdm_cli.runtime import available_memory, device_name, dtype_name
 
 from .baselines import PerStepCachedContext, fixed_window
-from .costs import cache_bytes, per_step_cache_flops, recompute_flops, step_flops, text_bytes, write_flops
+from .costs import per_step_cache_flops, recompute_flops, step_flops, write_flops
 from .lockstep import ChunkComparison, MatrixProduct, SideBySide, first_frame
 from .results import (
     BackendRun,

@@ -7,8 +7,7 @@ are counted: convolutions, linear layers, attention. All values are for one vide
 from __future__ import annotations
 
 from ca2vdm_cli.config import ModelConfig, SpatialPrefix
-
-_TIMESTEP_FEATURES = 256
+from ca2vdm_cli.memory import TIMESTEP_FEATURES, cache_bytes
 
 
 def step_flops(config: ModelConfig, context_frames: int) -> int:
@@ -37,31 +36,6 @@ def recompute_flops(config: ModelConfig, seen_frames: int) -> int:
     return _forward(config, clean=seen_frames, noisy=config.chunk_frames, keys=frames, prefix=prefix)
 
 
-def cache_bytes(
-    config: ModelConfig, context_frames: int, itemsize: int, *, sink_frames: int | None = None, slid: bool = False
-) -> int:
-    """Bytes of the cache for one video: the ring, the spatial prefix and the caption's keys and values.
-
-    Args:
-        config: the model's sizes.
-        context_frames: window in frames.
-        itemsize: bytes per element.
-        sink_frames: first frames that are never evicted; by default the model's.
-        slid: whether the window has slid; rope sinks' keys are then kept as first written too.
-    """
-    sinks = config.sink_frames if sink_frames is None else sink_frames
-    frames = context_frames + config.chunk_frames + _prefix(config, None)
-    elements = config.depth * config.tokens_per_frame * 2 * config.hidden_size * frames
-    if slid and sinks and config.temporal_positions.value == "rope":
-        elements += config.depth * config.tokens_per_frame * config.hidden_size * sinks
-    return elements * itemsize + text_bytes(config, itemsize)
-
-
-def text_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of the caption's keys and values in the cache, and of its mask, one byte per token."""
-    return config.depth * config.text_tokens * 2 * config.hidden_size * itemsize + config.text_tokens
-
-
 def largest_window(config: ModelConfig, budget: int, itemsize: int) -> int:
     """The longest window, in frames, whose cache takes at most ``budget`` bytes; 0 if none fits."""
     frame = cache_bytes(config, 1, itemsize, slid=True) - cache_bytes(config, 0, itemsize, slid=True)
@@ -88,7 +62,7 @@ def _forward(config: ModelConfig, *, clean: int, noisy: int, keys: int, prefix: 
 
     embed = 2 * tokens * config.in_channels * patch * d
     timesteps = (clean > 0) + (noisy > 0)
-    embed += timesteps * 2 * d * (_TIMESTEP_FEATURES + d) + frames * 2 * d * 6 * d
+    embed += timesteps * 2 * d * (TIMESTEP_FEATURES + d) + frames * 2 * d * 6 * d
 
     spatial = 2 * tokens * 4 * d * d + 4 * tokens * s * d
     if config.spatial_prefix is not SpatialPrefix.NONE:

@@ -1,8 +1,7 @@
 """Estimates of a video's cost before it is generated: cache, memory, operations and time.
 
-The sizes of the cache and the numbers of operations come from formulas; the memory of a forward from a simulation with
-fake tensors, which have shapes but no data. Time is measured for about two seconds on a model of the same width and
-window with fewer blocks, and scaled to the full depth by the number of operations.
+Memory and the numbers of operations come from formulas. Time is measured for about two seconds on a model of the same
+width and window with fewer blocks, and scaled to the full depth by the number of operations.
 """
 
 from __future__ import annotations
@@ -11,17 +10,12 @@ import gc
 import math
 import statistics
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ca2vdm_cli import STARTED
 from ca2vdm_cli.autoencoder import Autoencoder, autoencoders, load_autoencoder
@@ -32,20 +26,18 @@ from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.loop import stored_caption
 from ca2vdm_cli.generate.samplers import Sampler, sampler_for
 from ca2vdm_cli.loading import build_model, randomize
+from ca2vdm_cli.memory import check_generation, generation_needs
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.presets import LoadedPreset
 from ca2vdm_cli.runtime import PeakMemory, available_memory, dtype_name, resident_memory
 
-from .costs import cache_bytes, largest_window, step_flops, write_flops
+from .costs import largest_window, step_flops, write_flops
 from .lockstep import first_frame, timed
 
 MEASURE_SECONDS = 2.0
 """Roughly how long the machine is measured."""
-HEAP = 1.5
-"""Memory of a forward on a CPU, as a multiple of the tensors alive at a time: the system's allocator keeps fragments of
-freed memory. Measured: 1.1 to 2.3."""
 
 
 @dataclass(frozen=True)
@@ -82,26 +74,33 @@ def estimate(workload: Workload) -> dict[str, Any]:
     temporal_window.check_length(first + chunks * length)
     steps = len(_sampler(workload).timesteps)  # some schedulers take more steps than requested
     slid = first + (chunks - 1) * length > window
-    cache = cache_bytes(model_config, window, workload.dtype.itemsize, slid=slid)
+    memory = generation_needs(
+        workload.preset.config,
+        workload.dtype,
+        workload.device,
+        scores=workload.backend.writes_scores,
+        context_frames=window,
+        slid=slid,
+        weights_file_bytes=workload.weights_file_bytes,
+    )
+    available = available_memory(workload.device)
+    needed = memory.peak if workload.device.type == "cpu" else memory.running
+    fits = available is None or needed <= available
+    _check_probe(workload, window)
     autoencoder = _load_autoencoder(workload)
     times = _measure(workload, autoencoder)
-    # measured before the simulation, which loads more of torch
     process = 0 if workload.device.type == "cuda" else resident_memory()
-    memory = _simulate(workload, autoencoder)
 
     per_chunk = steps * (times.step + times.sampler) + times.write + times.decode
-    model_peak = memory.weights + cache + max(memory.step, memory.write)
-    running = memory.weights + memory.autoencoder + cache + max(memory.step, memory.write, memory.decode)
-    peak = process + max(running, memory.loading + workload.weights_file_bytes)
+    model_peak = memory.weights + memory.cache + max(memory.step, memory.write)
     step, write = step_flops(model_config, window), write_flops(model_config, window, length)
     denoise_seconds = chunks * steps * (times.step + times.sampler)
     writes = chunks - 1 + first
     write_seconds = writes * times.write
     seconds = denoise_seconds + write_seconds + chunks * times.decode
-    available = available_memory(workload.device)
     budget = workload.cache_budget
     if budget is None and available is not None:
-        budget = max(0, available - (running - cache))
+        budget = max(0, available - (memory.running - memory.cache))
     return {
         "preset": workload.preset.name,
         "backend": workload.backend.name,
@@ -112,14 +111,14 @@ def estimate(workload: Workload) -> dict[str, Any]:
         "steps": steps,
         "sampler": workload.sampler,
         "context_frames": window,
-        "cache_bytes": cache,
+        "cache_bytes": memory.cache,
         "weights_bytes": memory.weights + memory.autoencoder,
         "step_rise_bytes": memory.step,
         "write_rise_bytes": memory.write,
         "decode_rise_bytes": memory.decode,
         "model_peak_memory_bytes": model_peak,
         "process_bytes": process,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": process + memory.peak,
         "flops_per_step": step,
         "cache_write_flops": write,
         "flops": chunks * steps * step + (chunks - 1) * write + first * write_flops(model_config, window, first),
@@ -135,11 +134,20 @@ def estimate(workload: Workload) -> dict[str, Any]:
         "frames_per_second": workload.frames / seconds,
         "measured_depth": times.depth,
         "available_memory_bytes": available,
-        "fits": available is None or running <= available,
+        "fits": fits,
         "cache_budget_bytes": budget,
         **_windows(workload, budget),
         "left_out": _left_out(workload),
     }
+
+
+def _check_probe(workload: Workload, window: int) -> None:
+    """Refuse to measure a machine that cannot even hold one block."""
+    preset = workload.preset.config
+    one = replace(preset, model=replace(preset.model, depth=1))
+    scores = workload.backend.writes_scores
+    needs = generation_needs(one, workload.dtype, workload.device, scores=scores, context_frames=window)
+    check_generation(needs, workload.device, force=None)
 
 
 def _left_out(workload: Workload) -> list[str]:
@@ -170,99 +178,6 @@ def _windows(workload: Workload, budget: int | None) -> dict[str, int | None]:
         "largest_window_of_positions": longest,
         "largest_window": largest,
     }
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """Bytes. ``step``, ``write`` and ``decode`` are the peaks of a forward above what was allocated before it."""
-
-    weights: int
-    autoencoder: int
-    step: int
-    write: int
-    decode: int
-    loading: int
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of tensors that are created within and still alive."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
-        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
-
-
-@torch.inference_mode()
-def _simulate(workload: Workload, autoencoder: Autoencoder | None) -> _Memory:
-    """Run a denoising step, a cache write and the decoder with fake tensors."""
-    config = workload.preset.config.model
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"), workload.device:
-        with _default_dtype(workload.dtype):  # fake parameters can't be converted afterwards
-            model = CausalVideoTransformer(config, workload.backend).eval()
-        context = _full_context(model, workload.context_frames)
-        noisy, timestep = torch.empty(_shape(config)), torch.zeros(1)
-        known = [*model.state_dict().values(), *_buffers(context), noisy]
-        with _Live(known) as step:
-            context.predict(noisy, timestep)
-        with _Live(known) as write:
-            context.append(noisy)
-        decode_peak = 0
-        if autoencoder is not None:
-            frames = torch.empty(_frames_shape(config))
-            with _Live([*autoencoder.state_dict().values(), frames]) as decode:
-                autoencoder.decode(frames)
-            decode_peak = decode.peak
-    heap = HEAP if workload.device.type == "cpu" else 1.0
-    return _Memory(
-        weights=_bytes(model, workload.dtype.itemsize),
-        autoencoder=0 if autoencoder is None else _bytes(autoencoder),
-        step=int(heap * step.peak),
-        write=int(heap * write.peak),
-        decode=int(heap * decode_peak),
-        loading=_bytes(model, torch.float32.itemsize),
-    )
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _bytes(module: torch.nn.Module, itemsize: int | None = None) -> int:
-    """Bytes of a module's state, in its own dtypes or in one of ``itemsize`` bytes."""
-    return sum(tensor.numel() * (itemsize or tensor.itemsize) for tensor in module.state_dict().values())
-
-
-def _buffers(context: CachedContext) -> list[Tensor]:
-    return [tensor for layer in context.cache.layers for tensor in layer if tensor is not None]
 
 
 def _shape(config: ModelConfig) -> tuple[int, ...]:

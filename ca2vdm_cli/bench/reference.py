@@ -17,16 +17,32 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ca2vdm_cli.checkpoint import load_tensors, load_weights
-from ca2vdm_cli.config import DiffusionConfig, ModelConfig
+from ca2vdm_cli.checkpoint import check_finite_weights, load_tensors, load_weights, match_weights
+from ca2vdm_cli.config import DiffusionConfig, ModelConfig, Preset
 from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.generate.context import make_context
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.loop import Caption, generate
 from ca2vdm_cli.generate.samplers import AncestralSampler
-from ca2vdm_cli.loading import build_model
+from ca2vdm_cli.loading import build_model, model_state
+from ca2vdm_cli.memory import check_generation, generation_needs
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
+
+INPUTS = {
+    "window_clean": "B C P h w",
+    "window_noisy": "B C l h w",
+    "window_timestep": "B",
+    "first_frames": "B C F h w",
+    "initial_noise": "A B C l h w",
+    "step_noise": "A N B C l h w",
+    "timesteps": "N",
+    "text_embedding": "B 1 M E",
+    "text_mask": "B M",
+}
+"""Shapes of the recorded inputs; equal letters are equal sizes."""
+WHOLE_NUMBERS = ("window_timestep", "timesteps", "text_mask")
+MAX_GUIDANCE = 1e6
 
 
 @dataclass(frozen=True)
@@ -74,9 +90,11 @@ class RecordedRun:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors, metadata = load_tensors(path)
+        self.unread: tuple[str, ...] = ()
+        """Recorded weights that the model does not read; known once ``model`` has loaded them."""
         try:
             raw: dict[str, Any] = dict(json.loads(metadata["config"]))
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, RecursionError):
             raise UserError(f"{path}: not a recorded run: its metadata has no JSON 'config'") from None
         try:
             self.config = _model_config(raw)
@@ -85,16 +103,26 @@ class RecordedRun:
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             raise UserError(f"{path}: config: {'.'.join(map(str, problem['loc']))} {problem['msg']}") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: its config is not supported ({type(error).__name__}: {error})") from None
         if not str(raw.get("beta_schedule", "linear 1e-4..2e-2")).startswith("linear"):
             raise UserError(f"{path}: beta_schedule {raw['beta_schedule']!r} is not supported; only linear is")
+        if not 0 <= self.guidance_scale <= MAX_GUIDANCE:
+            raise UserError(f"{path}: guidance_scale {self.guidance_scale} must be from 0 to {MAX_GUIDANCE:.0f}")
+        self._check_tensors()
 
-    def model(self, backend: Backend, device: torch.device, dtype: torch.dtype) -> CausalVideoTransformer:
-        """A model with the recorded weights."""
+    def model(
+        self, backend: Backend, device: torch.device, dtype: torch.dtype, *, force: bool = False
+    ) -> CausalVideoTransformer:
+        """A model with the recorded weights; ``force`` tries to run it even if it needs more memory than there is."""
+        preset = Preset(description="recorded", model=self.config)
+        videos = 2 * max((x.shape[0] for k, x in self.tensors.items() if k.endswith(".first_frames")), default=1)
+        needs = generation_needs(
+            preset, dtype, device, scores=backend.writes_scores, videos=videos, contexts=("cached", "recompute")
+        )
+        check_generation(needs, device, force=force)
         model = build_model(self.config, backend)
-        weights = {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
-        load_weights(model, weights, str(self.path))
+        self.unread = load_weights(model, self._weights(), str(self.path)).unread
         return model.to(device, dtype)
 
     def compare(self, model: CausalVideoTransformer) -> Iterator[Comparison]:
@@ -108,6 +136,30 @@ class RecordedRun:
                 given = self._input("first_frames").shape[2]
                 ours = self._video(model, strategy)
                 yield _compare(f"video_{strategy}", ours, video, given, self.config.chunk_frames)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {k.removeprefix("weights."): v for k, v in self.tensors.items() if k.startswith("weights.")}
+
+    def _check_tensors(self) -> None:
+        """Raise ``UserError`` if weights or inputs don't have the shapes of the configuration, before it is built."""
+        match_weights(
+            model_state(self.config), self._weights(), str(self.path), advice="its config does not fit its weights"
+        )
+        config = self.config
+        sizes = {"C": config.in_channels, "l": config.chunk_frames, "M": config.text_tokens, "E": config.text_channels}
+        sizes |= {"h": config.latent_height, "w": config.latent_width}
+        for name, letters in INPUTS.items():
+            tensor = self.tensors.get(f"input.{name}")
+            if tensor is None:
+                continue
+            shape, axes = tuple(tensor.shape), letters.split()
+            fits = len(shape) == len(axes) and 0 not in shape
+            if not fits or any(size != sizes.setdefault(axis, size) for axis, size in zip(axes, shape, strict=True)):
+                needed = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+                raise UserError(f"{self.path}: input.{name} has shape {shape}; it must be ({needed})")
+            if tensor.is_floating_point() == (name in WHOLE_NUMBERS):
+                raise UserError(f"{self.path}: input.{name} has the wrong dtype, {str(tensor.dtype)[6:]}")
+            check_finite_weights(f"input.{name}", tensor, str(self.path))
 
     def _expected(self, name: str) -> Tensor | None:
         return self.tensors.get(f"expected.{name}")

@@ -51,6 +51,7 @@ def run(
     outputs: list[Path],
     as_json: bool,
     quiet: bool,
+    force: bool,
 ) -> None:
     """Measure and report."""
     windows = _windows(context_frames)
@@ -80,7 +81,9 @@ def run(
             random_weights=True,
             pixels=False,
             seed=seed,
+            force=force,
         )
+        pipeline.check_memory(("cached", *settings.baselines), context_frames=max(windows, default=None))
         add_autoencoder(pipeline)
         if not runs:  # before anything is measured, check what would fail later
             for other in backends:

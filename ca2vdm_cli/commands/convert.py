@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
-from ca2vdm_cli.checkpoint import KeyReport, load_weights, read_published, save_tensors
+from ca2vdm_cli.checkpoint import KeyReport, match_weights, save_tensors
 from ca2vdm_cli.errors import UsageError
-from ca2vdm_cli.loading import build_model
+from ca2vdm_cli.loading import build_model, model_state
+from ca2vdm_cli.memory import check_memory, parameter_count
 from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
+from ca2vdm_cli.published import read_published
 from ca2vdm_cli.terminal import console, note
 
 MAX_LISTED = 8
@@ -33,21 +35,30 @@ def run(
     if output.exists() and not overwrite:
         raise UsageError(f"{output}: exists already; choose another output, or replace it with --overwrite")
     loaded = load_preset(preset, overrides)
-    tensors = read_published(checkpoint)
-    model = build_model(loaded.config.model, backends["eager"])
-    report = load_weights(model, tensors, str(checkpoint), partial=partial, extra=True)
-    state = {**(model.state_dict() if partial else {}), **{key: tensors[key] for key in report.matched}}
+    if partial:  # what is missing gets a new model's values
+        check_memory({"weights": 4 * parameter_count(loaded.config.model)}, torch.device("cpu"), force=None)
+    model = loaded.config.model
+    own = build_model(model, backends["eager"]).state_dict() if partial else model_state(model)
+    weights = read_published(checkpoint, own)
+    tensors = weights.tensors
+    report = match_weights(own, tensors, str(checkpoint), partial=partial, extra=True)
+    state = {**(own if partial else {}), **{key: tensors[key] for key in report.matched}}
     if dtype != "auto":
         state = {
             key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value for key, value in state.items()
         }
     save_tensors(output, state, {"format": "pt", "preset": loaded.name})
     _print(report)
+    if weights.others:
+        other = weights.others[0].rstrip(".") or "the top level"
+        note(f"weights are under {weights.place.rstrip('.') or 'the top level'}; not used: those under {other}")
     note(f"→ {output}; check it with: ca2vdm verify --preset {preset} --checkpoint {output}")
 
 
 def _print(report: KeyReport) -> None:
     out = console()
+    if report.unread:
+        note(f"ignored, because this model does not read them: {', '.join(report.unread)}")
     for title, keys in (("matched", report.matched), ("missing", report.missing), ("left over", report.left_over)):
         is_problem = bool(keys) and title != "matched"
         out.print(f"{title}: {len(keys)}", style="bold" if is_problem else None)

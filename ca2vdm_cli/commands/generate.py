@@ -56,6 +56,7 @@ class LoadOptions(TypedDict):
     backend: str
     device: str
     dtype: str
+    force: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ def run(
     overrides: list[str],
     as_json: bool,
     quiet: bool,
+    force: bool,
 ) -> None:
     """Train, and report the result."""
     main = launched()[0] == 0
@@ -51,6 +52,7 @@ def run(
             cache_latents=cache_latents,
             backend=backend,
             device=device,
+            force=force,
             callbacks=progress,
         )
     except KeyboardInterrupt:

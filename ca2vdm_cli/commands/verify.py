@@ -32,6 +32,7 @@ def run(
     dtype: str,
     overrides: list[str],
     as_json: bool,
+    force: bool,
 ) -> int:
     """Check, print each difference, and return 0 if all are within tolerance, else 1."""
     if recorded is not None:
@@ -39,7 +40,7 @@ def run(
             raise UsageError(
                 "--recorded: the file has its own weights; leave out --preset, --checkpoint, --compare and --set"
             )
-        return _recorded(recorded, backend=backend, device=device, dtype=dtype, as_json=as_json)
+        return _recorded(recorded, backend=backend, device=device, dtype=dtype, as_json=as_json, force=force)
     baselines = _exact_baselines(compare or "recompute")
     pipeline = Pipeline.load(
         preset,
@@ -51,7 +52,9 @@ def run(
         random_weights=True,
         pixels=False,
         seed=seed,
+        force=force,
     )
+    pipeline.check_memory(("cached", *baselines))
     return _own_weights(pipeline, baselines, steps=steps, seed=seed, as_json=as_json)
 
 
@@ -86,13 +89,15 @@ class _Check:
         return f"{self.tensor} ({self.method})" if self.method else self.tensor
 
 
-def _recorded(path: Path, *, backend: str, device: str, dtype: str, as_json: bool) -> int:
+def _recorded(path: Path, *, backend: str, device: str, dtype: str, as_json: bool, force: bool) -> int:
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(Dtype(dtype), torch_device)
     recording = RecordedRun(path)
     chosen = choose_backend(backend, torch_device, torch_dtype)
     with status("verifying"):
-        comparisons = list(recording.compare(recording.model(chosen, torch_device, torch_dtype)))
+        comparisons = list(recording.compare(recording.model(chosen, torch_device, torch_dtype, force=force)))
+    if recording.unread:
+        note(f"ignored, because this model does not read them: {', '.join(recording.unread)}")
     if not comparisons:
         raise UsageError(f"{path}: has no expected.* tensors, so there is nothing to check")
     checks = [_Check(c.name, None, c.difference, RUN_TOLERANCE[torch_dtype], c.per_chunk) for c in comparisons]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from .base import STRICT, Count, require
+from .base import STRICT, Count, Depth, Size, require
 
 
 class Split(str, Enum):
@@ -39,13 +39,13 @@ class Crop(str, Enum):
 class VideoConfig:
     """Format of the frames."""
 
-    height: Count
+    height: Size
     """Height of a frame in pixels."""
-    width: Count
+    width: Size
     """Width of a frame in pixels."""
     channels: Literal[1, 3] = 3
     """1 for grayscale, 3 for RGB."""
-    fps: Annotated[float, Field(gt=0)] = 8.0
+    fps: Annotated[float, Field(gt=0, le=10_000)] = 8.0
     """Frames per second of generated video."""
 
 
@@ -57,14 +57,14 @@ class AutoencoderConfig:
     """The autoencoder: none (the preset works on latents only), conv, lowpass, diffusers, or a plug-in's."""
     path: str | None = None
     """diffusers: a local folder, or a name on the Hugging Face hub."""
-    scale_factor: Annotated[float, Field(gt=0)] = 1.0
+    scale_factor: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """diffusers: factor that brings the latents' standard deviation near 1 (0.18215 for Stable Diffusion)."""
-    downsample: Annotated[int, Field(ge=2)] = 8
+    downsample: Annotated[int, Field(ge=2, le=2**10)] = 8
     """Pixels per latent pixel along each side; must be even for conv and lowpass."""
-    base_channels: Count = 48
+    base_channels: Size = 48
     """conv, lowpass: channels of the feature maps at twice the latents' resolution; there are twice as many at the
     latents' own resolution."""
-    latent_noise: Annotated[float, Field(ge=0)] = 0.15
+    latent_noise: Annotated[float, Field(ge=0, le=1e6)] = 0.15
     """conv, lowpass: standard deviation of the noise added to latents (which have standard deviation 1) when training
     the decoder, so that it tolerates a diffusion model's errors."""
 
@@ -97,17 +97,17 @@ class TextConfig:
 class SyntheticDataConfig:
     """The moving-digits generator: handwritten digits that move and bounce off the borders."""
 
-    digits: Count = 1
+    digits: Depth = 1
     """Number of digits in a frame."""
     images_per_class: Count = 10
     """How many of the shipped handwritten images of each class to use."""
-    digit_size: Count = 28
+    digit_size: Size = 28
     """Side of a digit's image in pixels; strokes widen in proportion."""
-    min_speed: Annotated[float, Field(gt=0)] = 1.5
+    min_speed: Annotated[float, Field(gt=0, le=1e6)] = 1.5
     """Slowest speed in pixels per frame."""
-    max_speed: Annotated[float, Field(gt=0)] = 4.0
+    max_speed: Annotated[float, Field(gt=0, le=1e6)] = 4.0
     """Fastest speed in pixels per frame."""
-    directions: Annotated[int, Field(ge=0)] = 0
+    directions: Annotated[int, Field(ge=0, le=2**12)] = 0
     """Number of evenly spaced directions of movement, none parallel to a border (4: the diagonals); 0 for any."""
 
     @model_validator(mode="after")

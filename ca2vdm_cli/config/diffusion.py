@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from .base import STRICT, Count, require
+from .base import STRICT, Count, Timesteps, require
 
 
 class Prediction(str, Enum):
@@ -37,7 +37,7 @@ class BetaSchedule(str, Enum):
 class DiffusionConfig:
     """The noise process of training and sampling."""
 
-    train_timesteps: Count = 1000
+    train_timesteps: Timesteps = 1000
     """Number of timesteps in training."""
     beta_schedule: BetaSchedule = BetaSchedule.LINEAR
     """How noise grows over the timesteps."""
@@ -45,7 +45,7 @@ class DiffusionConfig:
     """What the network predicts."""
     prefix_noise: tuple[int, int] | None = None
     """Add noise to clean prefix frames, at a timestep drawn from this range, in training and in sampling."""
-    progressive_noise: Annotated[float, Field(ge=0)] = 0.0
+    progressive_noise: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Alpha of noise that is correlated between the frames of a chunk (Ge et al. 2023), in training and in sampling:
     neighbours correlate by alpha / sqrt(1 + alpha²). 0 for independent noise."""
     unconditional_start: bool = False
@@ -78,12 +78,12 @@ class SamplingConfig:
 
     sampler: str = "ancestral"
     """The sampler: ancestral, ddim, dpm++, log-snr, trailing, a plug-in's, or a diffusers scheduler's class name."""
-    steps: Count = 100
+    steps: Timesteps = 100
     """N: denoising steps per chunk."""
-    last_timestep: Annotated[int, Field(ge=0)] = 0
+    last_timestep: Annotated[int, Field(ge=0, le=2**20)] = 0
     """dpm++ and log-snr: timestep at which the last denoising step starts. When sampling with few steps, raise this so
     that more of them fall at the high noise levels that determine content."""
     frames: Count = 32
     """Default number of frames of ``sample`` and ``extend``."""
-    guidance: Annotated[float, Field(ge=0)] = 1.0
+    guidance: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """Scale of classifier-free guidance by a prompt. 1 turns guidance off, and halves the cost of a step."""

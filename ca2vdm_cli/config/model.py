@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from .base import STRICT, Count, require
+from .base import STRICT, Depth, Size, require
 
 
 class TemporalPositions(str, Enum):
@@ -46,43 +46,43 @@ class Causality(str, Enum):
 class ModelConfig:
     """The causal video diffusion transformer: sizes, context, positions and options."""
 
-    depth: Count
+    depth: Depth
     """Number of transformer blocks."""
-    hidden_size: Count
+    hidden_size: Size
     """Width D of a token."""
-    num_heads: Count
+    num_heads: Size
     """Number of attention heads; must divide ``hidden_size``."""
-    latent_height: Count
+    latent_height: Size
     """Height of a latent frame."""
-    latent_width: Count
+    latent_width: Size
     """Width of a latent frame."""
-    in_channels: Count = 4
+    in_channels: Size = 4
     """Channels C of a latent frame."""
-    patch_size: Count = 2
+    patch_size: Size = 2
     """Side of the square of latent pixels that forms one token."""
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    mlp_ratio: Annotated[float, Field(gt=0, le=1024)] = 4.0
     """Width of the MLP's hidden layer, as a multiple of ``hidden_size``."""
-    context_frames: Count = 25
+    context_frames: Size = 25
     """P_max: the largest number of clean frames that a chunk attends to (the window, and the cache's capacity)."""
-    chunk_frames: Count = 8
+    chunk_frames: Size = 8
     """l: number of frames that are denoised together."""
-    sink_frames: Annotated[int, Field(ge=0)] = 0
+    sink_frames: Annotated[int, Field(ge=0, le=2**16)] = 0
     """The first frames of a video that are never evicted from the cache; they count against ``context_frames``."""
     temporal_positions: TemporalPositions = TemporalPositions.CYCLIC
     """How temporal attention tells frames apart in time."""
-    position_table: Annotated[int, Field(ge=0)] = 0
+    position_table: Annotated[int, Field(ge=0, le=2**20)] = 0
     """Entries of the temporal position table; 0 means ``context_frames + chunk_frames``."""
     spatial_prefix: SpatialPrefix = SpatialPrefix.PREV_FRAMES
     """Which clean frames prefix-enhanced spatial attention attends to."""
-    spatial_prefix_frames: Count = 3
+    spatial_prefix_frames: Size = 3
     """k: number of clean frames that prefix-enhanced spatial attention attends to (``prev_frames_k`` only)."""
     causality: Causality = Causality.CAUSAL
     """Whether the noisy frames of a chunk attend to each other."""
     mask_channel: bool = False
     """Mark clean frames for the first temporal attention by an extra input channel."""
-    text_channels: Annotated[int, Field(ge=0)] = 0
+    text_channels: Annotated[int, Field(ge=0, le=2**16)] = 0
     """Width of the text encoder's embeddings; 0 for a model without text cross-attention."""
-    text_tokens: Annotated[int, Field(ge=0)] = 0
+    text_tokens: Annotated[int, Field(ge=0, le=2**16)] = 0
     """Tokens per caption, padding included."""
     learn_variance: bool = True
     """Predict C further channels, which interpolate the ancestral sampler's variance."""
@@ -106,6 +106,10 @@ class ModelConfig:
         require(
             self.hidden_size % 4 == 0,
             f"hidden_size: {self.hidden_size} must be a multiple of 4 (2-D sin-cos positions)",
+        )
+        require(
+            int(self.hidden_size * self.mlp_ratio) >= 1,
+            f"mlp_ratio: {self.mlp_ratio} must leave the MLP at least one of hidden_size {self.hidden_size} channels",
         )
         for side in ("latent_height", "latent_width"):
             size = getattr(self, side)

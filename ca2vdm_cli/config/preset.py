@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -43,7 +45,7 @@ class Preset:
     autoencoder_weights: str | None = None
     """Weights of a conv or lowpass autoencoder: a safetensors file, relative to the preset's folder."""
 
-    @property
+    @cached_property
     def prefixes(self) -> tuple[int, ...]:
         """Prefix lengths, of which each training step draws one."""
         start, window, chunk = self.diffusion.unconditional_start, self.model.context_frames, self.model.chunk_frames
@@ -55,9 +57,14 @@ class Preset:
         return tuple(sorted(published | {*range(0, window + 1, chunk), window} if start else published))
 
     @property
+    def first_prefix(self) -> int:
+        """The shortest of ``prefixes``."""
+        return min(self.training.prefix_lengths or (0 if self.diffusion.unconditional_start else 1,))
+
+    @property
     def clip_frames(self) -> int:
         """Frames of the longest training clip: with parallel chunks, at least a full window and a chunk by default."""
-        chunk, first = self.model.chunk_frames, min(self.prefixes)
+        chunk, first = self.model.chunk_frames, self.first_prefix
         if not self.training.parallel_chunks:
             return self.model.window_frames
         frames = self.training.clip_frames or first - (first - self.model.window_frames) // chunk * chunk
@@ -75,7 +82,9 @@ class Preset:
     def trained_prefixes(self) -> tuple[int, ...]:
         """Prefix lengths after which some chunk is trained: ``prefixes``, and those of a clip's later chunks."""
         window, chunk = self.model.context_frames, self.model.chunk_frames
-        lengths = {min(window, p + j * chunk) for p in self.prefixes for j in range(self.chunks(p))}
+        lengths = {window for p in self.prefixes if p + (self.chunks(p) - 1) * chunk >= window}
+        for p in self.prefixes:
+            lengths.update(range(p, min(window, p + self.chunks(p) * chunk), chunk))
         return tuple(sorted(lengths))
 
     @model_validator(mode="after")

@@ -21,6 +21,8 @@ class Backend:
     """One line for ``ca2vdm backends``."""
     priority: int = 0
     """``auto`` selects the available backend of highest priority."""
+    writes_scores: bool = False
+    """Whether ``attend`` writes out all scores (N, H, Q, K), for the estimate of memory."""
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend can't run on that device in that dtype, or None if it can."""

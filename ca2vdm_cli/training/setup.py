@@ -22,6 +22,7 @@ from ca2vdm_cli.config import Prediction, Preset, Trainable
 from ca2vdm_cli.data import ClipSource
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.loading import build_model, find_weights
+from ca2vdm_cli.memory import check_memory, training_needs
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import choose_backend
 from ca2vdm_cli.presets import LoadedPreset, listed_overrides, load_preset
@@ -74,6 +75,7 @@ def train(
     cache_latents: str | Path | None = None,
     backend: str = "auto",
     device: str = "auto",
+    force: bool = False,
     callbacks: TrainingCallbacks | None = None,
 ) -> TrainingResult:
     """Train a model, and its autoencoder first if that has no weights.
@@ -107,6 +109,7 @@ def train(
         cache_latents: folder for the latents of all videos, which are then encoded only once.
         backend: attention backend, or ``auto`` for the best available one.
         device: a device's name, or ``auto``.
+        force: train even if the estimate says that there is too little memory.
         callbacks: receives notes and progress.
 
     Raises:
@@ -142,6 +145,15 @@ def train(
     )
     dtype = torch.bfloat16 if computes_half(config.training.precision, accelerator.device) else torch.float32
     machine = Machine(accelerator, choose_backend(backend, accelerator.device, dtype), dtype)
+    needs = training_needs(
+        config,
+        dtype,
+        scores=machine.backend.writes_scores,
+        processes=accelerator.num_processes,
+        sharded=accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"),
+        teacher=distill,
+    )
+    check_memory(needs, accelerator.device, force=force)
     source = open_source(inputs.data, config, inputs.seed, "data")
     encoded = training_data(loaded, config, source, inputs, machine, out, callbacks, reuse=last is not None)
     frozen = None if inputs.teacher is None else _teacher(Path(inputs.teacher), config, machine)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ca2vdm_cli.bench.costs import (
-    cache_bytes,
     largest_window,
     per_step_cache_flops,
     recompute_flops,
@@ -22,6 +21,7 @@ from ca2vdm_cli.bench.scaling import Curve, fit_exponent
 from ca2vdm_cli.config import ModelConfig, SpatialPrefix, TemporalPositions
 from ca2vdm_cli.generate.context import make_context
 from ca2vdm_cli.generate.loop import stored_caption
+from ca2vdm_cli.memory import cache_bytes
 from ca2vdm_cli.model.kv_cache import KVCache
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 
