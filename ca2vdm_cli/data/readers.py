@@ -17,7 +17,7 @@ from ca2vdm_cli.config import DataConfig, Preset, Split
 from ca2vdm_cli.errors import UsageError, UserError, as_user_error
 from ca2vdm_cli.plugins import AUTO, Registry
 from ca2vdm_cli.plugins import readers as _readers
-from ca2vdm_cli.video_io import IMAGE_SUFFIXES, natural_order
+from ca2vdm_cli.video_io import READABLE_IMAGE_SUFFIXES, natural_order
 
 from .clips import VideoClips
 from .digits import MovingDigits
@@ -254,13 +254,13 @@ class FramesReader(Reader):
     description = "folders of images, one folder per video (SkyTimelapse, BAIR as images)"
 
     def recognizes(self, path: Path, suffixes: frozenset[str]) -> bool:
-        return path.is_dir() and bool(suffixes & IMAGE_SUFFIXES)
+        return path.is_dir() and bool(suffixes & READABLE_IMAGE_SUFFIXES)
 
     def read(self, path: Path, data: DataConfig) -> Layout:
         if not path.is_dir():
             raise UsageError(f"{path}: not a folder; data.format frames takes a folder of folders of images")
         folders: dict[Path, list[str]] = {}
-        for file in _find(path, IMAGE_SUFFIXES, data.split):
+        for file in _find(path, READABLE_IMAGE_SUFFIXES, data.split):
             folders.setdefault(file.parent, []).append(file.name)
         videos = (
             ImageFolder(_name(folder, path), None, folder, tuple(sorted(images, key=natural_order)))
@@ -378,7 +378,7 @@ class JsonLinesReader(Reader):
             elif not _is_safe(name):
                 rejects[label] = "path must be relative and stay in the list's folder"
             elif os.path.isdir(file := path.parent / name):
-                images = [image for image in file.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES]
+                images = [image for image in file.iterdir() if image.suffix.lower() in READABLE_IMAGE_SUFFIXES]
                 names = tuple(sorted((image.name for image in images if image.is_file()), key=natural_order))
                 if names:
                     videos.append(ImageFolder(f"{label}: {name}", text, file, names))
