@@ -34,7 +34,7 @@ FRAMES = 16
 """Frames encoded per call."""
 ENTRY_BYTES = 2**31
 """Largest entry. If a video's latents would be larger, only its beginning is cached."""
-_KEY = "key"
+_KEY, _DAMAGE = "key", "damage"
 
 
 class Encoder(Protocol):
@@ -99,7 +99,7 @@ def cache_latents(
     encoded = reused = 0
     stale: dict[str, str] = {}
     entries: dict[int, tuple[Path, int]] = {}
-    skipped = dict(source.skipped)
+    skipped, damaged = dict(source.skipped), {}
     for index, video in enumerate(source.videos):
         path = folder / _entry(video)
         try:
@@ -114,12 +114,15 @@ def cache_latents(
                 encoded += 1
             if frames:
                 entries[index] = (path, frames)
+                damaged[video.name] = _damage(path)
         except UserError as error:
             if str(error).startswith(f"{path}: "):
                 raise
             skipped[video.name] = video.reason(error)
         progress(index + 1, len(source.videos))
-    return LatentClips(source, entries, skipped), CacheReport(encoded, reused, stale)
+    clips = LatentClips(source, entries, skipped)
+    clips.damaged = {name: damage for name, damage in damaged.items() if damage}
+    return clips, CacheReport(encoded, reused, stale)
 
 
 def weights_hash(autoencoder: Encoder) -> str:
@@ -176,6 +179,12 @@ def _check(path: Path, key: dict[str, object]) -> tuple[int, str]:
         return 0, "it cannot be read"
 
 
+def _damage(path: Path) -> str:
+    """How much of the video a valid entry holds if the video is damaged, else ""."""
+    with safe_open(path, framework="pt") as file:
+        return str((file.metadata() or {}).get(_DAMAGE, ""))
+
+
 def _versions(flip: bool) -> Sequence[str]:
     return ("latents", "flipped") if flip else ("latents",)
 
@@ -205,8 +214,10 @@ def _encode(
     if not parts["latents"]:
         raise UserError(f"{source.videos[index].file}: no frame could be decoded")
     tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
-    save_tensors(path, tensors, {_KEY: json.dumps(key)})
-    return len(tensors["latents"])
+    encoded, total = len(tensors["latents"]), source.videos[index].count()
+    damage = f"{encoded} of {total} frames can be decoded" if encoded < total and size < ENTRY_BYTES else ""
+    save_tensors(path, tensors, {_KEY: json.dumps(key), _DAMAGE: damage})
+    return encoded
 
 
 class LatentClips(Clips):

@@ -4,6 +4,7 @@ from ca2vdm_cli.options import Aspect
 
 from .ffmpeg import decoder, frame_count, frame_rate, indexed_times, look_ahead, open_stream, to_rgb
 from .frames import (
+    MAX_PIXELS,
     READABLE_IMAGE_SUFFIXES,
     Frame,
     Geometry,
@@ -14,10 +15,11 @@ from .frames import (
     to_channels,
     write_image,
 )
-from .reading import VideoReader, open_reader, read_image
+from .reading import VideoReader, is_image, open_reader, read_image
 from .writing import OutputFormat, VideoWriter, open_writer
 
 __all__ = [
+    "MAX_PIXELS",
     "READABLE_IMAGE_SUFFIXES",
     "Aspect",
     "Frame",
@@ -31,6 +33,7 @@ __all__ = [
     "frame_count",
     "frame_rate",
     "indexed_times",
+    "is_image",
     "look_ahead",
     "natural_order",
     "open_reader",

@@ -99,18 +99,21 @@ def decode(
     scaler, to_pictures, count = VideoReformatter(), decoder(stream), 0
     with read_errors(name, ADVICE):
         for packet in packets:
+            incomplete = packet is not None and packet.is_corrupt and packet.size > 0
+            failed = incomplete
             try:
-                for picture in to_pictures(packet):
+                for picture in () if incomplete else to_pictures(packet):
                     if picture.is_corrupt:
                         damage.corrupt += 1
                         damage.at(count)
                     yield to_rgb(picture, scaler)
                     count += 1
             except av.FFmpegError:  # a damaged packet, or a decoder that is empty already
-                # a recording may begin between two key frames: what cannot be decoded there is not damaged
-                if packet is not None and (count or packet.is_keyframe):
-                    damage.lost += 1
-                    damage.at(count)
+                failed = packet is not None
+            # a recording may begin between two key frames: what cannot be decoded there is not damaged
+            if failed and packet and (count or packet.is_keyframe):
+                damage.lost += 1
+                damage.at(count)
 
 
 def to_rgb(picture: VideoFrame, scaler: VideoReformatter) -> Frame:
@@ -157,9 +160,6 @@ def read_packets(
                 packet = next(packets, None)
             if packet is None:
                 break
-            if packet.is_corrupt and packet.size:  # incomplete
-                damage.lost += 1
-                continue
             yield packet
     except av.FFmpegError:
         damage.stopped = True
@@ -177,7 +177,7 @@ def look_ahead(
         size += packet.size if packet else 0
         if packet is None or len(held) == LOOKAHEAD or size > LOOKAHEAD_BYTES:
             break
-    shown = [packet for packet in held if packet and packet.size and not packet.is_discard]
+    shown = [packet for packet in held if packet and packet.size and not packet.is_discard and not packet.is_corrupt]
     times = [packet.dts if packet.pts is None else packet.pts for packet in shown]
     return [time for time in times if time is not None], chain(held, packets)
 

@@ -143,11 +143,23 @@ def _open_file(name: str, path: Path | None) -> VideoReader:
     return VideoReader(name, source)
 
 
-def _open_seekable(name: str, file: BinaryIO, stack: ExitStack) -> Source:
+def is_image(path: Path) -> bool:
+    """Whether a file is an image or an animation of images, which can't be seeked in; raises OSError."""
+    with path.open("rb") as file:
+        return _image_format(file) is not None
+
+
+def _image_format(file: BinaryIO) -> str | None:
+    """Pillow's name for the format of an image; None for a video. The file's position stays the same."""
     start = file.tell()
     format = stills.find_format(file.read(stills.HEAD))
     file.seek(start)
-    if format is None or (format == "JPEG" and stills.is_motion_jpeg(file)):
+    return None if format == "JPEG" and stills.is_motion_jpeg(file) else format
+
+
+def _open_seekable(name: str, file: BinaryIO, stack: ExitStack) -> Source:
+    format = _image_format(file)
+    if format is None:
         return ffmpeg.open_video(name, file, stack)
     return stills.open_image(name, file, format, stack)
 
