@@ -146,9 +146,9 @@ class VideoFile(Video):
             seconds = float(stream.duration * tick) if stream.duration and tick else None
             if seconds is None and container.duration:
                 seconds = container.duration / av.time_base
-            frames = frame_count(stream)
+            frames = frame_count(container, stream)
             size = (stream.height, stream.width) if stream.height and stream.width else None
-            times = indexed_times(stream)
+            times = indexed_times(container, stream)
             with suppress(av.FFmpegError):  # a truncated file
                 times = times or look_ahead(container.demux(stream))[0]
             fps = frame_rate(container, stream, times)

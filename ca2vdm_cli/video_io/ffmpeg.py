@@ -182,19 +182,22 @@ def look_ahead(
     return [time for time in times if time is not None], chain(held, packets)
 
 
-def indexed_times(stream: VideoStream) -> list[int]:
-    """The timestamps of all frames that are shown, if the file has a complete index; else nothing."""
-    if not stream.frames or len(stream.index_entries) != stream.frames:
+def indexed_times(container: InputContainer, stream: VideoStream) -> list[int]:
+    """The timestamps of all frames that are shown, if the file has a complete index; else nothing.
+
+    The frames that an edit list cuts off are not shown.
+    """
+    entries = stream.index_entries
+    if not stream.frames or (len(entries) != stream.frames and not container.format.name.startswith("mov,")):
         return []
-    return [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
+    return [entry.timestamp for entry in entries if not entry.is_discard]
 
 
-def frame_count(stream: VideoStream) -> int | None:
-    """Number of frames according to the container, without those that an edit list cuts off; None if it does not say,
-    or if its index says otherwise."""
-    if not stream.frames or len(stream.index_entries) not in (0, stream.frames):
-        return None
-    return stream.frames - sum(entry.is_discard for entry in stream.index_entries)
+def frame_count(container: InputContainer, stream: VideoStream) -> int | None:
+    """Number of frames according to the container; None if it does not say, or if its index says otherwise."""
+    if not stream.index_entries:
+        return stream.frames or None
+    return len(indexed_times(container, stream)) or None
 
 
 def frame_rate(container: InputContainer, stream: VideoStream, times: Sequence[int]) -> Fraction | None:
@@ -246,10 +249,10 @@ def open_video(name: str, file: BinaryIO | Pipe, stack: ExitStack) -> Source:
     container, stream, call = stack.enter_context(open_stream(file))
     stack = stack.pop_all()
     packets = read_packets(container, stream, call, damage)
-    times = indexed_times(stream)
+    times = indexed_times(container, stream)
     if not times and not isinstance(file, Pipe):
         times, packets = look_ahead(packets)
-    fps, count = frame_rate(container, stream, times), frame_count(stream)
+    fps, count = frame_rate(container, stream, times), frame_count(container, stream)
 
     def frames() -> Generator[Frame, None, None]:
         with stack:

@@ -7,6 +7,7 @@ background, and the EXIF orientation is applied.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -106,7 +107,8 @@ def _frame(image: Image.Image, index: int) -> Frame:
             image.seek(index)
         if image.width * image.height > MAX_PIXELS:  # the pages of a TIFF differ
             raise ValueError(too_large(image.height, image.width))
-        image.load()
+        with _quiet_libtiff(image.format):
+            image.load()
         return upright(_to_rgb(image), _orientation(image))
 
 
@@ -145,6 +147,22 @@ def _rate(image: Image.Image, count: int) -> Fraction | None:
     if abs(total - Fraction(1000 * len(milliseconds), whole)) <= len(milliseconds) / 2:
         rate = Fraction(whole)  # durations are rounded to milliseconds
     return rate if 0 < rate <= MAX_RATE else None
+
+
+@contextmanager
+def _quiet_libtiff(format: str | None) -> Iterator[None]:
+    """Discard what libtiff prints to standard error about a damaged file; Pillow raises an error anyway."""
+    if format != "TIFF":
+        yield
+        return
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 @contextmanager
