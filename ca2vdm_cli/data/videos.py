@@ -219,7 +219,8 @@ def _are_unique(times: Sequence[int | None]) -> bool:
 
 
 def _seek(path: Path, times: Sequence[int | None]) -> list[Frame] | None:
-    """The frames with these timestamps, decoded from the key frame before the first; None if one is missing or damaged."""
+    """The frames with these timestamps, decoded from the key frame before the first; None if one is missing or
+    damaged."""
     frames: dict[int | None, Frame] = {}
     scaler = VideoReformatter()
     first, last = times[0], times[-1]

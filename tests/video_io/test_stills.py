@@ -87,7 +87,7 @@ def test_transparent_pixels_show_white(tmp_path: Path, mode: str, suffix: str) -
         expected = (opaque * weight + 255 * (1 - weight)).round().astype(np.uint8)
     if suffix == "tif" and mode == "P":
         pytest.skip("a TIFF has no transparent colour")
-    options = {"lossless": True, "exact": True} if suffix == "webp" else {}
+    options: dict[str, Any] = {"lossless": True, "exact": True} if suffix == "webp" else {}
     image.save(tmp_path / f"photo.{suffix}", **options)
     assert np.abs(load(tmp_path / f"photo.{suffix}")[0].astype(int) - expected).max() <= 1
 
@@ -105,10 +105,10 @@ def test_an_animation_is_played(tmp_path: Path, suffix: str, milliseconds: int, 
     clip = make_clip(6)
     first, *rest = map(Image.fromarray, clip)
     path = tmp_path / f"clip.{suffix}"
-    options = {"lossless": True} if suffix == "webp" else {}
+    options: dict[str, Any] = {"lossless": True} if suffix == "webp" else {}
     first.save(path, save_all=True, append_images=rest, duration=milliseconds, **options)
     with open_reader(path) as reader:
-        assert (reader.fps, reader.frame_count) == (fps, 6)
+        assert reader.fps == fps and reader.frame_count == 6
         assert_close(list(reader), clip, 60.0)
         assert reader.damage == ""
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
