@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -200,17 +199,15 @@ def _encode(
 ) -> int:
     """Encode a video into its entry; returns the number of frames."""
     parts: dict[str, list[Tensor]] = {name: [] for name in _versions(source.data.flip)}
-    size, frames = 0, source.whole(index)
-    try:
-        while size < ENTRY_BYTES and (batch := list(islice(frames, FRAMES))):
-            pixels = torch.stack(batch).to(device)  # (N, C, H, W)
-            for name, part in parts.items():
-                latents = autoencoder.encode(pixels.flip(-1) if name == "flipped" else pixels)
-                part.append(latents.to("cpu", torch.float16))
-                size += 2 * latents.numel()
-    except UserError:  # truncated or damaged: keep the frames decoded so far
-        if not parts["latents"]:
-            raise
+    size = 0
+    for batch in _batches(source.whole(index)):
+        pixels = torch.stack(batch).to(device)  # (N, C, H, W)
+        for name, part in parts.items():
+            latents = autoencoder.encode(pixels.flip(-1) if name == "flipped" else pixels)
+            part.append(latents.to("cpu", torch.float16))
+            size += 2 * latents.numel()
+        if size >= ENTRY_BYTES:
+            break
     if not parts["latents"]:
         raise UserError(f"{source.videos[index].file}: no frame could be decoded")
     tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
@@ -218,6 +215,23 @@ def _encode(
     damage = f"{encoded} of {total} frames can be decoded" if encoded < total and size < ENTRY_BYTES else ""
     save_tensors(path, tensors, {_KEY: json.dumps(key), _DAMAGE: damage})
     return encoded
+
+
+def _batches(frames: Iterator[Tensor]) -> Iterator[list[Tensor]]:
+    """Up to ``FRAMES`` frames at a time, until the first that cannot be read; raises only if no frame precedes it."""
+    count, batch = 0, []
+    try:
+        for frame in frames:
+            count += 1
+            batch.append(frame)
+            if len(batch) == FRAMES:
+                yield batch
+                batch = []
+    except UserError:
+        if not count:
+            raise
+    if batch:
+        yield batch
 
 
 class LatentClips(Clips):
