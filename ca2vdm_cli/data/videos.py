@@ -172,7 +172,7 @@ class VideoFile(Video):
         """Seek to the last key frame before the first frame if the file's timestamps allow it; else decode from the
         start."""
         times = () if self._is_image() else _times(self.path)
-        if frames.start and frames.stop <= len(times) and _are_unique(times):
+        if frames and frames.start and frames.stop <= len(times) and _are_unique(times):
             pictures = _seek(self.path, [times[index] for index in frames])
             if pictures is not None:
                 return iter(pictures)

@@ -158,6 +158,9 @@ def _image_format(file: BinaryIO) -> str | None:
 
 
 def _open_seekable(name: str, file: BinaryIO, stack: ExitStack) -> Source:
+    if not file.read(1):
+        raise ValueError("it is empty")
+    file.seek(-1, os.SEEK_CUR)
     format = _image_format(file)
     if format is None:
         return ffmpeg.open_video(name, file, stack)
@@ -165,7 +168,10 @@ def _open_seekable(name: str, file: BinaryIO, stack: ExitStack) -> Source:
 
 
 def _open_pipe(name: str, pipe: Pipe, stack: ExitStack) -> Source:
-    if stills.find_format(pipe.peek(stills.HEAD)) is None:
+    head = pipe.peek(stills.HEAD)
+    if not head:
+        raise ValueError("it is empty")
+    if stills.find_format(head) is None:
         return ffmpeg.open_video(name, pipe, stack)
     data = pipe.peek(MAX_PIPED_IMAGE)
     if len(data) == MAX_PIPED_IMAGE:
