@@ -45,12 +45,14 @@ def ca2vdm_register_autoencoders(register: Register) -> None:
 @hookimpl
 def ca2vdm_register_readers(register: Register) -> None:
     # in the order in which ``data.format: auto`` tries them
-    register(Lazy("ucf101", "ca2vdm_cli.data.readers:ucf101"))
-    register(Lazy("jsonl", "ca2vdm_cli.data.readers:jsonl"))
-    register(Lazy("videos", "ca2vdm_cli.data.readers:videos"))
-    register(Lazy("bair", "ca2vdm_cli.data.readers:bair"))
-    register(Lazy("frames", "ca2vdm_cli.data.readers:frames"))
-    register(Lazy("moving-mnist", "ca2vdm_cli.data.readers:moving_mnist"))
+    register(Lazy("ucf101", "ca2vdm_cli.data.layouts:ucf101"))
+    register(Lazy("jsonl", "ca2vdm_cli.data.lists:jsonl"))
+    register(Lazy("json", "ca2vdm_cli.data.lists:json_list"))
+    register(Lazy("csv", "ca2vdm_cli.data.lists:csv_table"))
+    register(Lazy("videos", "ca2vdm_cli.data.layouts:videos"))
+    register(Lazy("bair", "ca2vdm_cli.data.layouts:bair"))
+    register(Lazy("frames", "ca2vdm_cli.data.layouts:frames"))
+    register(Lazy("moving-mnist", "ca2vdm_cli.data.layouts:moving_mnist"))
 
 
 @hookimpl

@@ -65,7 +65,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
     assert metadata["Version"] == ca2vdm_cli.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert metadata.get_all("Provides-Extra") == ["bench", "latent", "train", "dev"]
+    assert metadata.get_all("Provides-Extra") == ["bench", "heic", "latent", "train", "dev"]
     assert "torch<2.14,>=2.6" in (metadata.get_all("Requires-Dist") or [])
     assert {f"{info}/licenses/{name}" for name in LEGAL} <= set(archive.namelist())
     assert "ca2vdm = ca2vdm_cli.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()

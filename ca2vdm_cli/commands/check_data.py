@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ca2vdm_cli.data import Layout, Video, read_layout
 from ca2vdm_cli.data.clips import list_reasons, too_short
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.loading import find_weights
-from ca2vdm_cli.terminal import ProgressBar, console, note, print_json, table
+from ca2vdm_cli.terminal import ProgressBar, console, duration, note, print_json, table
 
 ROWS = 20
 """How many rejects the table lists; ``--json`` lists all."""
@@ -27,6 +28,7 @@ class _Facts:
     frames: int
     size: tuple[int, int]
     fps: float | None
+    damage: str = ""
 
 
 def run(
@@ -39,7 +41,7 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Count clips, hours, resolutions, frame rates, captions and rejects. Decodes two frames of each video.
+    """Count clips, hours, resolutions, frame rates, captions, damage and rejects. Decodes two frames of each video.
 
     Raises:
         UsageError: there is nothing to read, or it does not have the layout ``data.format``.
@@ -78,14 +80,17 @@ def run(
         "resolutions": dict(sizes.most_common()),
         "frame_rates": dict(rates.most_common()),
         "captions": captions,
+        "damaged": {name: video.damage for name, video in usable.items() if video.damage},
         "rejects": rejects,
+        "other_files": dict(Counter(layout.other).most_common()),
+        "notes": list(layout.notes),
     }
     if as_json:
         print_json(report)
         return
     if quiet:
         return
-    _show(report, settings, sizes, rates, rejects)
+    _show(report, settings, sizes, rates, rejects, layout)
 
 
 def _examine_all(layout: Layout, span: int, quiet: bool) -> tuple[dict[str, _Facts], dict[str, str]]:
@@ -98,7 +103,8 @@ def _examine_all(layout: Layout, span: int, quiet: bool) -> tuple[dict[str, _Fac
             try:
                 facts = _examine(video)
                 if facts.frames < span:
-                    rejects[video.name] = too_short(facts.frames, span)
+                    short = too_short(facts.frames, span)
+                    rejects[video.name] = f"damaged, {short}" if facts.damage else short
                 else:
                     usable[video.name] = facts
             except UserError as error:
@@ -110,14 +116,22 @@ def _examine_all(layout: Layout, span: int, quiet: bool) -> tuple[dict[str, _Fac
 def _examine(video: Video) -> _Facts:
     """Look at a video, and decode its first and last frames; raises UserError."""
     look, frames = video.look(), video.count()
-    size = look.size
-    for index in {0, max(0, frames - 1)}:
-        picture = next(iter(video.read(range(index, index + 1))), None)
-        if picture is None:
-            raise UserError(f"{video.file}: frame {index + 1} of {frames} cannot be decoded")
-        size = size or (picture.shape[0], picture.shape[1])
-    assert size is not None
-    return _Facts(frames, size, None if look.fps is None else float(look.fps))
+    first = next(iter(video.read(range(1))), None)
+    if first is None:
+        raise UserError(f"{video.file}: frame 1 of {frames} cannot be decoded")
+    size = look.size or (first.shape[0], first.shape[1])
+    decodable = frames if _decodes(video, range(frames - 1, frames)) else _decodes(video, range(frames))
+    damage = f"{decodable} of {frames} frames can be decoded" if decodable < frames else ""
+    return _Facts(decodable, size, None if look.fps is None else float(look.fps), damage)
+
+
+def _decodes(video: Video, frames: range) -> int:
+    """How many of these frames can be decoded, before the first that cannot."""
+    count = 0
+    with suppress(UserError):
+        for _ in video.read(frames):
+            count += 1
+    return count
 
 
 def _show(
@@ -126,11 +140,14 @@ def _show(
     sizes: Counter[str],
     rates: Counter[str],
     rejects: dict[str, str],
+    layout: Layout,
 ) -> None:
+    hours, damaged, other = report["hours"], report["damaged"], report["other_files"]
+    assert isinstance(hours, float) and isinstance(damaged, dict) and isinstance(other, dict)
     rows = [
         ["format", f"{report['format']}, split {settings.split.value}"],
         ["videos", f"{report['videos']}, {report['usable_videos']} of them usable"],
-        ["length", f"{report['frames']} frames, {report['hours']:.3g} hours"],
+        ["length", f"{report['frames']} frames, {duration(hours * 3600)}"],
         [
             "clips",
             f"{report['clips']} of {report['clip_frames']} frames without overlap at stride {settings.stride}, "
@@ -139,12 +156,17 @@ def _show(
         ["resolutions", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(8))],
         ["frames per second", ", ".join(f"{rate} ({count})" for rate, count in rates.most_common(8))],
         ["captions", str(report["captions"])],
+        ["damaged, used in part", str(len(damaged))],
         ["rejects", str(len(rejects))],
+        ["other files", escape(", ".join(f"{count} {suffix}" for suffix, count in other.items())) or "none"],
     ]
     out = console()
     out.print(table(["", ""], rows, title=escape(str(report["data"]))))
-    if rejects:
-        shown = [[escape(name), escape(reason)] for name, reason in list(rejects.items())[:ROWS]]
-        out.print(table(["reject", "reason"], shown))
-    if len(rejects) > ROWS:
-        note(f"  and {len(rejects) - ROWS} more; --json lists them all")
+    for title, reasons in (("damaged", damaged), ("reject", rejects)):
+        if reasons:
+            shown = [[escape(name), escape(reason)] for name, reason in list(reasons.items())[:ROWS]]
+            out.print(table([title, "reason"], shown))
+        if len(reasons) > ROWS:
+            note(f"  and {len(reasons) - ROWS} more; --json lists them all")
+    for line in layout.notes:
+        note(line)

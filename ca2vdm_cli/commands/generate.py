@@ -145,8 +145,8 @@ def run_extend(
                     window.append(to_channels(to_model(frame), video.channels))
                     if not only_new:
                         run.copy(input_to_output(frame))
-            if reader.frame_count and run.input_frames < 0.98 * reader.frame_count:
-                note(f"{source}: {run.input_frames} of {reader.frame_count} frames could be read", quiet=run.quiet)
+            if reader.damage:
+                note(f"{source}: {reader.damage}", quiet=run.quiet)
             run.generate(partial(pipeline.extend, np.stack(window), run.frames), to_output)
     run.report()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ca2vdm_cli.data import Clips
+from ca2vdm_cli.data.clips import list_reasons
 from ca2vdm_cli.processes import launched
 from ca2vdm_cli.terminal import ProgressBar, duration, note, print_json, size
 from ca2vdm_cli.training.callbacks import TrainingCallbacks
@@ -126,6 +127,7 @@ def _as_json(result: TrainingResult) -> dict[str, object]:
         "processes": result.processes,
         "output": str(result.folder),
         "left_out": dict(result.clips.skipped) if isinstance(result.clips, Clips) else {},
+        "damaged": result.clips.damaged_in_use() if isinstance(result.clips, Clips) else {},
     }
 
 
@@ -142,5 +144,7 @@ def _print_result(result: TrainingResult, *, quiet: bool) -> None:
     clips = result.clips
     if isinstance(clips, Clips) and clips.skipped:
         lines.append(f"  skipped {len(clips.skipped)} of {clips.count} videos: {clips.reasons()}")
+    if isinstance(clips, Clips) and (damaged := clips.damaged_in_use()):
+        lines.append(f"  used {len(damaged)} damaged videos in part: {list_reasons(damaged)}")
     for line in lines:
         note(line, quiet=quiet)

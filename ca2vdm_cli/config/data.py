@@ -17,7 +17,7 @@ class Split(str, Enum):
     TRAIN = "train"
     """The training split; everything if the data set has no splits."""
     TEST = "test"
-    """The test split."""
+    """The test split, or else the validation split."""
     ALL = "all"
     """Everything."""
 
@@ -125,7 +125,7 @@ class DataConfig:
 
     format: str = "auto"
     """Format of the data set: auto (detected from the files), videos, frames, ucf101, bair, moving-mnist, jsonl,
-    moving-digits (generated, see ``synthetic_data``), or the name of a plug-in's reader."""
+    json, csv, moving-digits (generated, see ``synthetic_data``), or the name of a plug-in's reader."""
     split: Split = Split.TRAIN
     """Which part of the data set to read."""
     split_list: Literal[1, 2, 3] = 1

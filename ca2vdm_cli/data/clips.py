@@ -50,13 +50,18 @@ class Clips(ABC):
         videos: its videos.
         frames: length of the longest clip that will be drawn.
         skipped: why videos are not used, by name.
+        damaged: how much of a damaged video is used, by name; known once a clip is drawn from it.
+        notes: what the user should know about the choice of videos.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, name: str, videos: Sequence[Video], rejects: Mapping[str, str], data: DataConfig, seed: int, frames: int
     ) -> None:
         self.name, self.videos, self.data, self.seed, self.frames = name, list(videos), data, seed, frames
         self.skipped: dict[str, str] = dict(rejects)
+        self.damaged: dict[str, str] = {}
         self._lengths: dict[int, int] = {}  # a video's frames according to its file; 0 if it cannot be read
         self._decodable: dict[int, int] = {}  # a damaged video's frames that can be decoded
         self._unusable: set[int] = set()
@@ -86,6 +91,10 @@ class Clips(ABC):
         """The first few skipped videos, with reasons."""
         return list_reasons(self.skipped)
 
+    def damaged_in_use(self) -> dict[str, str]:
+        """The damaged videos that are used up to the damage, with how much of them is."""
+        return {name: reason for name, reason in self.damaged.items() if name not in self.skipped}
+
     def _draw(self, index: int, length: int) -> tuple[Clip, np.random.Generator]:
         """A piece of a usable video, as ``_read`` returns it, and the generator for further draws."""
         draw = np.random.default_rng((self.seed, index))
@@ -108,6 +117,7 @@ class Clips(ABC):
                     return Clip(frames, self.videos[video].caption), draw
                 if video not in self._decodable:
                     self._decodable[video] = self._find_end(video)
+                    self._note_damage(video, self._decodable[video])
                 if self._decodable[video] < span:
                     self._skip(video, f"damaged, {too_short(self._decodable[video], span)}")
                     break
@@ -126,6 +136,11 @@ class Clips(ABC):
         if length < need:
             self._skip(video, too_short(length, need))
         return length
+
+    def _note_damage(self, video: int, decodable: int) -> None:
+        if decodable < self._lengths[video]:
+            reason = f"{decodable} of {self._lengths[video]} frames can be decoded"
+            self.damaged.setdefault(self.videos[video].name, reason)
 
     def _skip(self, video: int, reason: str) -> None:
         self._unusable.add(video)
@@ -258,6 +273,7 @@ class VideoClips(Clips):
         pixels = self._decoded.pop(video, None)
         if pixels is None:
             pixels = self._stack(self._prepared(self.videos[video].read(range(self._lengths[video]))))
+            self._note_damage(video, len(pixels))
             while self._decoded and sum(other.nbytes for other in self._decoded.values()) + pixels.nbytes > MEMORY:
                 del self._decoded[next(iter(self._decoded))]
         self._decoded[video] = pixels

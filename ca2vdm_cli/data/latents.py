@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -34,7 +33,7 @@ FRAMES = 16
 """Frames encoded per call."""
 ENTRY_BYTES = 2**31
 """Largest entry. If a video's latents would be larger, only its beginning is cached."""
-_KEY = "key"
+_KEY, _DAMAGE = "key", "damage"
 
 
 class Encoder(Protocol):
@@ -99,7 +98,7 @@ def cache_latents(
     encoded = reused = 0
     stale: dict[str, str] = {}
     entries: dict[int, tuple[Path, int]] = {}
-    skipped = dict(source.skipped)
+    skipped, damaged = dict(source.skipped), {}
     for index, video in enumerate(source.videos):
         path = folder / _entry(video)
         try:
@@ -114,12 +113,15 @@ def cache_latents(
                 encoded += 1
             if frames:
                 entries[index] = (path, frames)
+                damaged[video.name] = _damage(path)
         except UserError as error:
             if str(error).startswith(f"{path}: "):
                 raise
             skipped[video.name] = video.reason(error)
         progress(index + 1, len(source.videos))
-    return LatentClips(source, entries, skipped), CacheReport(encoded, reused, stale)
+    clips = LatentClips(source, entries, skipped)
+    clips.damaged = {name: damage for name, damage in damaged.items() if damage}
+    return clips, CacheReport(encoded, reused, stale)
 
 
 def weights_hash(autoencoder: Encoder) -> str:
@@ -176,6 +178,12 @@ def _check(path: Path, key: dict[str, object]) -> tuple[int, str]:
         return 0, "it cannot be read"
 
 
+def _damage(path: Path) -> str:
+    """How much of the video a valid entry holds if the video is damaged, else ""."""
+    with safe_open(path, framework="pt") as file:
+        return str((file.metadata() or {}).get(_DAMAGE, ""))
+
+
 def _versions(flip: bool) -> Sequence[str]:
     return ("latents", "flipped") if flip else ("latents",)
 
@@ -191,22 +199,39 @@ def _encode(
 ) -> int:
     """Encode a video into its entry; returns the number of frames."""
     parts: dict[str, list[Tensor]] = {name: [] for name in _versions(source.data.flip)}
-    size, frames = 0, source.whole(index)
-    try:
-        while size < ENTRY_BYTES and (batch := list(islice(frames, FRAMES))):
-            pixels = torch.stack(batch).to(device)  # (N, C, H, W)
-            for name, part in parts.items():
-                latents = autoencoder.encode(pixels.flip(-1) if name == "flipped" else pixels)
-                part.append(latents.to("cpu", torch.float16))
-                size += 2 * latents.numel()
-    except UserError:  # truncated or damaged: keep the frames decoded so far
-        if not parts["latents"]:
-            raise
+    size = 0
+    for batch in _batches(source.whole(index)):
+        pixels = torch.stack(batch).to(device)  # (N, C, H, W)
+        for name, part in parts.items():
+            latents = autoencoder.encode(pixels.flip(-1) if name == "flipped" else pixels)
+            part.append(latents.to("cpu", torch.float16))
+            size += 2 * latents.numel()
+        if size >= ENTRY_BYTES:
+            break
     if not parts["latents"]:
         raise UserError(f"{source.videos[index].file}: no frame could be decoded")
     tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
-    save_tensors(path, tensors, {_KEY: json.dumps(key)})
-    return len(tensors["latents"])
+    encoded, total = len(tensors["latents"]), source.videos[index].count()
+    damage = f"{encoded} of {total} frames can be decoded" if encoded < total and size < ENTRY_BYTES else ""
+    save_tensors(path, tensors, {_KEY: json.dumps(key), _DAMAGE: damage})
+    return encoded
+
+
+def _batches(frames: Iterator[Tensor]) -> Iterator[list[Tensor]]:
+    """Up to ``FRAMES`` frames at a time, until the first that cannot be read; raises only if no frame precedes it."""
+    count, batch = 0, []
+    try:
+        for frame in frames:
+            count += 1
+            batch.append(frame)
+            if len(batch) == FRAMES:
+                yield batch
+                batch = []
+    except UserError:
+        if not count:
+            raise
+    if batch:
+        yield batch
 
 
 class LatentClips(Clips):

@@ -44,8 +44,8 @@ _Task = tuple[range, int]
 _Result = tuple[Tensor | np.ndarray, tuple[str | None, ...]] | UserError
 """Clips (B, T, C, H, W) and their captions, or what went wrong. Workers send arrays, since tensors would go through
 shared memory, of which containers have little."""
-_Skipped = dict[str, str]
-"""Videos that a worker has skipped since its last result, with reasons."""
+_Reasons = dict[str, str]
+"""Videos that a worker has skipped, or found damaged, since its last result, with reasons."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,12 @@ class ClipLoader:
         if not self._running:
             return _make(self.source, *self._task(self._step))
         worker = self._running[self._step % self.workers]
-        result, skipped = worker.results.get()
+        result, skipped, damaged = worker.results.get()
         worker.ask(self._task(self._step + self.workers * AHEAD))
         if isinstance(self.source, Clips):
-            for name, reason in skipped.items():
-                self.source.skipped.setdefault(name, reason)
+            for known, news in ((self.source.skipped, skipped), (self.source.damaged, damaged)):
+                for name, reason in news.items():
+                    known.setdefault(name, reason)
         return result
 
     def _task(self, step: int) -> _Task:
@@ -180,7 +181,7 @@ class _Worker:
         with _main_module_hidden(unless_in=source):
             self._process.start()
         child.close()
-        self.results: queue.SimpleQueue[tuple[_Result, _Skipped]] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[tuple[_Result, _Reasons, _Reasons]] = queue.SimpleQueue()
         threading.Thread(target=self._receive, daemon=True).start()
 
     def ask(self, task: _Task) -> None:
@@ -202,7 +203,7 @@ class _Worker:
             if code == -signal.SIGKILL:
                 why = "out of memory, perhaps"
             message = f"data.workers: a worker process died with code {code} ({why}); try --set data.workers=0"
-            self.results.put((UserError(message), {}))
+            self.results.put((UserError(message), {}, {}))
 
 
 @contextmanager
@@ -230,12 +231,16 @@ def _work(pipe: Connection, source: ClipSource) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    skipped, reported = source.skipped if isinstance(source, Clips) else {}, 0
+    skipped, damaged = (source.skipped, source.damaged) if isinstance(source, Clips) else ({}, {})
+    reported = [0, 0]
     with suppress(EOFError, OSError):
         while True:
             result = _make(source, *pipe.recv())
-            news = dict(islice(skipped.items(), reported, None))
-            reported += len(news)
+            news = [
+                dict(islice(known.items(), told, None))
+                for known, told in zip((skipped, damaged), reported, strict=True)
+            ]
+            reported = [len(skipped), len(damaged)]
             if not isinstance(result, UserError):
                 result = np.asarray(result[0]), result[1]
-            pipe.send((result, news))
+            pipe.send((result, *news))

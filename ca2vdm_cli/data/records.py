@@ -13,13 +13,14 @@ RECORD_BYTES = 2**28
 """Largest record. One that claims to be larger is damaged."""
 
 
-def find_records(path: Path) -> tuple[list[tuple[int, int]], str]:
+def find_records(path: Path, smallest: int = 0) -> tuple[list[tuple[int, int]], str]:
     """Offset and length of each complete record of a TFRecord file, and why reading stopped ("" at the file's end).
 
-    Only the checksums of the lengths are verified. Raises OSError if the file cannot be read.
+    Only the checksums of the lengths are verified. Records of less than ``smallest`` bytes are left out and counted.
+    Raises OSError if the file cannot be read.
     """
     records: list[tuple[int, int]] = []
-    problem, place = "", 0
+    problem, place, small = "", 0, 0
     with path.open("rb") as file:
         size = file.seek(0, 2)
         while place < size and not problem:
@@ -33,10 +34,15 @@ def find_records(path: Path) -> tuple[list[tuple[int, int]], str]:
                 problem = "the checksum of a length is wrong"
             elif length > min(RECORD_BYTES, size - place - 16):
                 problem = "it is truncated"
+            elif length < smallest:
+                small += 1
             else:
                 records.append((place + 12, length))
             place += 16 + length
-    return records, problem and f"{problem} after {len(records)} complete records"
+    problems = [f"{problem} after {len(records)} complete records"] if problem else []
+    if small:
+        problems.append(f"{small} records are too small to hold a frame")
+    return records, "; ".join(problems)
 
 
 def _crc_table() -> list[int]:

@@ -24,14 +24,33 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from ca2vdm_cli.errors import UserError
-from ca2vdm_cli.video_io import Frame, Size, open_reader, open_stream, read_errors, to_rgb
+from ca2vdm_cli.video_io import (
+    MAX_PIXELS,
+    Frame,
+    Size,
+    decoder,
+    frame_count,
+    frame_rate,
+    indexed_times,
+    is_image,
+    look_ahead,
+    open_reader,
+    open_stream,
+    read_errors,
+    read_image,
+    to_rgb,
+)
 
 from .records import parse_example
 
 SMALL = 16 * 2**20
 """Size limit in bytes: if a larger file does not say how many frames it has, ``look`` does not count them."""
+ARRAY_VIDEOS = 100_000
+"""Most videos in one ``.npy``; Moving MNIST has 10000."""
 BAIR_SIDE = 64
 """Height and width of a BAIR robot pushing frame in pixels."""
+BAIR_BYTES = 3 * BAIR_SIDE**2
+"""Size of a raw frame."""
 BAIR_KEYS = ("{}/image_aux1/encoded", "{}/image_main/encoded")
 """Features that hold frame number {}, one for each camera; the first camera that a record has is used."""
 
@@ -119,27 +138,41 @@ class VideoFile(Video):
         return self.path
 
     def look(self) -> Look:
+        if self._is_image():
+            with open_reader(self.path) as reader:
+                return Look(reader.frame_count, (reader.height, reader.width), reader.fps)
         with _open(self.path) as (container, stream):
             tick = Fraction(stream.time_base.numerator, stream.time_base.denominator) if stream.time_base else None
-            rate = stream.average_rate
-            fps = Fraction(rate.numerator, rate.denominator) if rate else None
             seconds = float(stream.duration * tick) if stream.duration and tick else None
             if seconds is None and container.duration:
                 seconds = container.duration / av.time_base
-            frames = stream.frames or None
+            frames = frame_count(container, stream)
             size = (stream.height, stream.width) if stream.height and stream.width else None
+            times = indexed_times(container, stream)
+            with suppress(av.FFmpegError):  # a truncated file
+                times = times or look_ahead(container.demux(stream))[0]
+            fps = frame_rate(container, stream, times)
         if frames is None and self.path.stat().st_size <= SMALL:
             frames = self.count()
-        return Look(frames, size, fps if fps and fps > 0 else None, seconds)
+        return Look(frames, size, None if frames == 1 else fps, seconds)
 
     def count(self) -> int:
+        if self._is_image():
+            with open_reader(self.path) as reader:
+                return reader.frame_count or 1
         return len(_times(self.path))
+
+    def _is_image(self) -> bool:
+        with read_errors(str(self.path)):
+            if self.path.exists() and not self.path.is_file():  # opening a named pipe would block
+                raise ValueError("not a file")
+            return is_image(self.path)
 
     def read(self, frames: range) -> Iterator[Frame]:
         """Seek to the last key frame before the first frame if the file's timestamps allow it; else decode from the
         start."""
-        times = _times(self.path)
-        if frames.start and frames.stop <= len(times) and _are_unique(times):
+        times = () if self._is_image() else _times(self.path)
+        if frames and frames.start and frames.stop <= len(times) and _are_unique(times):
             pictures = _seek(self.path, [times[index] for index in frames])
             if pictures is not None:
                 return iter(pictures)
@@ -147,7 +180,11 @@ class VideoFile(Video):
 
     def _from_the_start(self, frames: range) -> Iterator[Frame]:
         with open_reader(self.path) as reader:
-            yield from islice(reader, frames.start, frames.stop, frames.step)
+            for index, frame in enumerate(islice(reader, frames.stop)):
+                if reader.intact is not None and index >= reader.intact:  # later frames may depend on the damage
+                    return
+                if index in frames:
+                    yield frame
 
 
 @contextmanager
@@ -170,7 +207,8 @@ def _times(path: Path) -> tuple[int | None, ...]:
 def _read_times(path: Path, size: int, modified: int) -> tuple[int | None, ...]:
     times: list[int | None] = []
     with _open(path) as (container, stream), suppress(av.FFmpegError):  # a truncated file
-        times.extend(packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_corrupt)
+        times.extend(packet.pts for packet in packets if not packet.is_discard)
     known = [time for time in times if time is not None]
     return tuple(sorted(known)) if len(known) == len(times) else (None,) * len(times)
 
@@ -181,7 +219,8 @@ def _are_unique(times: Sequence[int | None]) -> bool:
 
 
 def _seek(path: Path, times: Sequence[int | None]) -> list[Frame] | None:
-    """The frames with these timestamps, decoded from the key frame before the first; None if one is missing."""
+    """The frames with these timestamps, decoded from the key frame before the first; None if one is missing or
+    damaged."""
     frames: dict[int | None, Frame] = {}
     scaler = VideoReformatter()
     first, last = times[0], times[-1]
@@ -189,10 +228,15 @@ def _seek(path: Path, times: Sequence[int | None]) -> list[Frame] | None:
     with _open(path) as (container, stream), suppress(av.FFmpegError):
         stream.codec_context.thread_count = 1
         container.seek(first, stream=stream)
-        for picture in container.decode(stream):
+        decode, key = decoder(stream), None
+        packets = container.demux(stream)
+        for picture in (picture for packet in packets for picture in decode(packet)):
+            key = picture.pts if key is None and picture.key_frame else key
             if picture.pts is None or picture.pts > last:
                 break
-            if picture.pts in times and not picture.is_corrupt:
+            if picture.is_corrupt and key is not None and picture.pts >= key:
+                return None
+            if picture.pts in times:
                 frames[picture.pts] = to_rgb(picture, scaler)
     return [frames[time] for time in times] if frames.keys() >= set(times) else None
 
@@ -230,8 +274,7 @@ class ImageFolder(Video):
 
     def read(self, frames: range) -> Iterator[Frame]:
         for image in self.images[frames.start : frames.stop : frames.step]:
-            with open_reader(self.folder / image) as reader:
-                yield next(reader)
+            yield read_image(self.folder / image)
 
 
 @dataclass(frozen=True)
@@ -279,8 +322,11 @@ def open_array(path: Path) -> np.ndarray:
         if not isinstance(array, np.ndarray):
             array.close()
             raise ValueError("an archive of arrays, not one .npy")
-        if array.dtype != np.uint8 or array.ndim != 4 or not array.size or len(array) > 10_000:
+        frames, videos, height, width = array.shape if array.ndim == 4 else (0, 0, 0, 0)
+        if array.dtype != np.uint8 or not array.size or frames > 10_000 or height * width > MAX_PIXELS:
             raise ValueError(f"it holds {array.dtype} {array.shape}, not uint8 (T, N, H, W)")
+        if videos > ARRAY_VIDEOS:
+            raise ValueError(f"it holds {videos} videos of {width}x{height}; at most {ARRAY_VIDEOS} in one file")
         return array
 
 
@@ -326,7 +372,7 @@ class RecordVideo(Video):
             for key in BAIR_KEYS:
                 images: list[bytes] = []
                 while (value := features.get(key.format(len(images)))) is not None:
-                    if len(value) != BAIR_SIDE * BAIR_SIDE * 3:
+                    if len(value) != BAIR_BYTES:
                         raise ValueError(f"{key.format(len(images))} has {len(value)} bytes, not a raw 64x64 frame")
                     images.append(bytes(value))
                 if images:

@@ -148,6 +148,8 @@ def training_data(
 ) -> TrainingData:
     """The clips (as cached latents if requested), the autoencoder and the text encoder."""
     accelerator, clips = machine.accelerator, source
+    for line in source.notes if isinstance(source, Clips) else ():
+        callbacks.note(line)
     with accelerator.main_process_first():  # it trains and writes the autoencoder, the others read it
         reuse = reuse or not accelerator.is_main_process
         autoencoder = _autoencoder(loaded, config, source, out, machine.device, inputs.seed, callbacks, reuse=reuse)

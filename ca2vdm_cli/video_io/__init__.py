@@ -2,8 +2,10 @@
 
 from ca2vdm_cli.options import Aspect
 
+from .ffmpeg import decoder, frame_count, frame_rate, indexed_times, look_ahead, open_stream, to_rgb
 from .frames import (
-    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    READABLE_IMAGE_SUFFIXES,
     Frame,
     Geometry,
     Size,
@@ -13,11 +15,12 @@ from .frames import (
     to_channels,
     write_image,
 )
-from .reading import VideoReader, open_reader, open_stream, to_rgb
+from .reading import VideoReader, is_image, open_reader, read_image
 from .writing import OutputFormat, VideoWriter, open_writer
 
 __all__ = [
-    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "READABLE_IMAGE_SUFFIXES",
     "Aspect",
     "Frame",
     "Geometry",
@@ -26,11 +29,18 @@ __all__ = [
     "VideoReader",
     "VideoWriter",
     "contact_sheet",
+    "decoder",
+    "frame_count",
+    "frame_rate",
+    "indexed_times",
+    "is_image",
+    "look_ahead",
     "natural_order",
     "open_reader",
     "open_stream",
     "open_writer",
     "read_errors",
+    "read_image",
     "to_channels",
     "to_rgb",
     "write_image",

@@ -26,8 +26,13 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
-MAX_PIXELS = 2**27
-"""Largest frame (134 megapixels). A file that claims more is broken or hostile."""
+READABLE_IMAGE_SUFFIXES = IMAGE_SUFFIXES | {".avif", ".heic", ".heif", ".jfif"}
+"""Suffixes of images in a folder of images; ``IMAGE_SUFFIXES`` can be written, too."""
+MAX_PIXELS = 2**26
+"""Largest frame (67 megapixels), which bounds the memory and time that a small file can take."""
+ADVICE = "give a video that FFmpeg plays, images of one size, or an .npz"
+BACKGROUND = 255
+"""What is seen through transparent pixels: white."""
 MAX_RATE = 1000
 """Highest plausible frame rate. If a file claims more, its rate is unknown."""
 EXACT_COLOURS = 0x4 | 0x2000 | 0x4000 | 0x40000
@@ -84,6 +89,28 @@ def pixels(array: Any) -> Frame:
     """An array of OpenCV or PyAV as a frame (H, W, C): typed for mypy, with the channel axis that OpenCV drops."""
     frame: Frame = np.ascontiguousarray(array, np.uint8)
     return frame[:, :, None] if frame.ndim == 2 else frame
+
+
+def composite(rgba: NDArray[np.uint8]) -> Frame:
+    """A picture (H, W, 4) with straight alpha on a background of ``BACKGROUND``: (H, W, 3)."""
+    alpha = rgba[:, :, 3:]
+    if alpha.min() == 255:
+        return pixels(rgba[:, :, :3])
+    weight = alpha.astype(np.uint16)
+    return pixels((rgba[:, :, :3] * weight + BACKGROUND * (255 - weight) + 127) // 255)
+
+
+def upright(frame: Frame, orientation: int) -> Frame:
+    """A frame as it is meant to be seen, given its EXIF orientation: 1 (as stored) to 8."""
+    if 5 <= orientation <= 8:
+        frame = frame.transpose(1, 0, 2)
+    rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return pixels(frame[:: -1 if rows else 1, :: -1 if columns else 1])
+
+
+def too_large(height: int, width: int) -> str:
+    """Why a frame with more than ``MAX_PIXELS`` is refused."""
+    return f"frames of {width}x{height} are too large; at most {MAX_PIXELS // 10**6} megapixels"
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,9 @@ def test_damaged_records(tmp_path: Path) -> None:
     (tmp_path / "stub.tfrecords").write_bytes(b"12345")
     other = field(1, field(1, field(1, b"0/image_aux1/encoded") + field(2, field(1, field(1, b"jpeg")))))
     messages = [b"", other, b"\x0a\xff\x01ab", b"\x0a\xff" + b"\xff" * 20, field(1, field(1, varint(1 << 3) + b"\x05"))]
-    (tmp_path / "messages.tfrecords").write_bytes(b"".join(map(record, messages)))
+    large = field(9, bytes(64 * 64 * 3))
+    (tmp_path / "messages.tfrecords").write_bytes(b"".join(record(large + message) for message in messages))
+    (tmp_path / "small.tfrecords").write_bytes(good + record(other) * 1000)
     clips_ = source(tmp_path)
     reasons = clips_.skipped
     assert reasons["cut.tfrecords"] == "it is truncated after 1 complete records"
@@ -92,4 +94,5 @@ def test_damaged_records(tmp_path: Path) -> None:
     assert reasons["huge.tfrecords"] == reasons["stub.tfrecords"] == "it is truncated after 0 complete records"
     assert {numbers(clips_.clip(index, LENGTH).frames)[0] for index in range(40)} == set(range(5))
     assert len([name for name in reasons if name.startswith("messages")]) == len(messages)
+    assert reasons["small.tfrecords"] == "1000 records are too small to hold a frame"
     assert "has 4 bytes, not a raw 64x64 frame" in reasons["messages.tfrecords[1]"]

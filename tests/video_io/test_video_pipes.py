@@ -98,7 +98,7 @@ def test_ctrl_c_on_the_way_into_a_read(
 
     def interrupt_on_entry(frame: FrameType, event: str, _: object) -> None:
         nonlocal calls
-        if frame.f_code.co_name == "read" and Path(frame.f_code.co_filename).name == "reading.py":
+        if frame.f_code.co_name == "read" and Path(frame.f_code.co_filename).name == "pipe.py":
             calls += 1
             if calls == nth:
                 signal.raise_signal(signal.SIGINT)
