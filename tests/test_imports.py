@@ -23,6 +23,7 @@ PIPELINE = GENERATE | VIDEO | {"presets", "loading", "autoencoder", "text_encode
 
 # What each package (or top-level module) may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
+    "atomic": set(),
     "errors": set(),
     "lazy": set(),
     "options": set(),
@@ -34,11 +35,11 @@ ALLOWED: dict[str, set[str]] = {
     "plugins": {"builtins", "errors", "hookspecs", "lazy", "model", "runtime"},
     "presets": BASE | {"plugins"},
     "runtime": {"errors", "options"},
-    "checkpoint": {"errors"},
+    "checkpoint": {"atomic", "errors"},
     "terminal": {"errors"},
     "text_encoder": BASE,
     "generate": METHOD | {"runtime"},
-    "video_io": {"errors", "interrupts", "options"},
+    "video_io": {"atomic", "errors", "interrupts", "options"},
     "video_metrics": {"plugins", "video_io"},
     "data": VIDEO,
     "autoencoder": BASE | {"checkpoint", "plugins"},

@@ -2,6 +2,7 @@
 
 from ca2vdm_cli.options import Aspect
 
+from .formats import OutputFormat
 from .frames import (
     IMAGE_SUFFIXES,
     Frame,
@@ -14,7 +15,7 @@ from .frames import (
     write_image,
 )
 from .reading import VideoReader, open_reader, open_stream, to_rgb
-from .writing import OutputFormat, VideoWriter, open_writer
+from .writing import VideoWriter, open_writer
 
 __all__ = [
     "IMAGE_SUFFIXES",
