@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .atomic import replacing
 from .errors import UsageError, UserError, first_line
 
 WRAPPERS = ("ema", "model", "state_dict")
@@ -65,15 +66,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     Raises:
         UserError: the file can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata or {})
-        temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata or {})
+            temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({first_line(error)}); check permissions and free space") from None
 
 

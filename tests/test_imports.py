@@ -47,13 +47,13 @@ ALLOWED: dict[str, set[str]] = {
     "loading": METHOD | {"checkpoint", "presets"},
     "pipeline": PIPELINE,
     "processes": BASE | {"runtime"},
-    "training": PIPELINE | {"interrupts", "processes", "video_metrics"},
+    "training": PIPELINE | {"atomic", "interrupts", "processes", "video_metrics"},
     "bench": PIPELINE | {"__init__"},
     "__init__": {
         *("autoencoder", "config", "data", "errors", "generate", "hookspecs", "model", "pipeline", "plugins"),
         *("presets", "training", "video_metrics"),
     },  # imported when they are used
-    "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "terminal", "training"},
+    "commands": PIPELINE | {"__init__", "atomic", "bench", "interrupts", "processes", "terminal", "training"},
     "cli": {"__init__", "commands", "errors", "options", "plugins", "presets"},
     "__main__": {"cli", "errors", "plugins", "terminal"},
 }

@@ -123,7 +123,12 @@ class VideoWriter:
         if not self._output or not kept:
             return error
         frames = "1 finished frame is" if kept == 1 else f"{kept} finished frames are"
-        return UserError(f"{error}; the {frames} in {self._output.partial}", error.exit_code)
+        return UserError(f"{error}; the {frames} in {self._shown(self._output.partial)}", error.exit_code)
+
+    def _shown(self, partial: Path | None) -> Path | None:
+        """The path of the unfinished output, relative if the output's name is."""
+        near = Path(self.name).with_name(partial.name) if partial else None
+        return near if near and os.path.realpath(near) == str(partial) else partial
 
     def _open(self, height: int, width: int) -> Output:
         if self._path and self._kind is OutputFormat.PNG:
@@ -202,6 +207,10 @@ def _output_format(name: str, format: str | None) -> OutputFormat:
     if name == "-":
         allowed, implied = [OutputFormat.Y4M, OutputFormat.MKV], "y4m"
     elif name.endswith("/") or os.path.isdir(name):
+        if implied and not (format or name.endswith("/")) and implied in list(OutputFormat):
+            raise UsageError(
+                f"{name}: a folder, not a file; choose another output, or end it in / for a folder of PNGs"
+            )
         allowed, implied = [OutputFormat.PNG], "png"
     elif implied == "png":
         implied = "a single png"
