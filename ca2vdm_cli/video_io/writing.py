@@ -127,8 +127,9 @@ class VideoWriter:
 
     def _shown(self, partial: Path | None) -> Path | None:
         """The path of the unfinished output, relative if the output's name is."""
-        near = Path(self.name).with_name(partial.name) if partial else None
-        return near if near and os.path.realpath(near) == str(partial) else partial
+        name = Path(self.name)
+        near = [place / partial.name for place in (name.parent, name)] if partial else []
+        return next((path for path in near if os.path.realpath(path) == str(partial)), partial)
 
     def _open(self, height: int, width: int) -> Output:
         if self._path and self._kind is OutputFormat.PNG:
