@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .atomic import replacing
 from .errors import UsageError, UserError, first_line
 
 CHECKSUM = "ca2vdm_crc32"
@@ -137,17 +138,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         UserError: the file can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     metadata = {key: value for key, value in (metadata or {}).items() if key != CHECKSUM}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, {**metadata, CHECKSUM: _checksum(tensors, metadata)})
-        temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {**metadata, CHECKSUM: _checksum(tensors, metadata)})
+            temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({first_line(error)}); check permissions and free space") from None
 
 

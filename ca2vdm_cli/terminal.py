@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from .errors import UserError
 
+# Everything but line breaks that moves the cursor, changes colours, reverses the text or cannot be encoded.
+_CONTROL = re.compile(r"[\0-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class _Console(Console):
-    """A console that raises ``BrokenPipeError`` when its reader is gone; Rich would exit with code 1."""
+    """A console that shows control characters, which a file's name may have, as ``\\x1b`` and the like, and that raises
+    ``BrokenPipeError`` when its reader is gone; Rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(printable(text), style)
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped, except for line breaks."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def console() -> Console:
@@ -37,7 +53,7 @@ def output_console() -> Console:
 def print_error(error: UserError) -> None:
     """Print an error as one line."""
     out = console()
-    line = " ".join(str(error).split())
+    line = printable(" ".join(str(error).split()))
     out.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
 
 
@@ -50,7 +66,7 @@ def print_json(report: Mapping[str, Any]) -> None:
 def note(message: str, *, quiet: bool = False) -> None:
     """Print one line."""
     if not quiet:
-        console().print(message, markup=False, soft_wrap=True)
+        console().print(printable(message).replace("\n", "\\n"), markup=False, soft_wrap=True)
 
 
 def size(count: float) -> str:
@@ -191,5 +207,5 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
     for name in columns:
         out.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
     for row in rows:
-        out.add_row(*row)
+        out.add_row(*map(printable, row))
     return out

@@ -23,6 +23,7 @@ PIPELINE = GENERATE | VIDEO | {"memory", "presets", "loading", "autoencoder", "t
 
 # What each package (or top-level module) may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
+    "atomic": set(),
     "errors": set(),
     "lazy": set(),
     "options": set(),
@@ -34,13 +35,13 @@ ALLOWED: dict[str, set[str]] = {
     "plugins": {"builtins", "errors", "hookspecs", "lazy", "model", "runtime"},
     "presets": BASE | {"plugins"},
     "runtime": {"errors", "options"},
-    "checkpoint": {"errors"},
+    "checkpoint": {"atomic", "errors"},
     "memory": BASE | {"runtime"},
     "published": {"checkpoint", "errors"},
     "terminal": {"errors"},
     "text_encoder": BASE | {"checkpoint"},
     "generate": METHOD | {"runtime"},
-    "video_io": {"errors", "interrupts", "options"},
+    "video_io": {"atomic", "errors", "interrupts", "options"},
     "video_metrics": {"plugins", "video_io"},
     "data": VIDEO,
     "autoencoder": BASE | {"checkpoint", "plugins"},
@@ -48,13 +49,14 @@ ALLOWED: dict[str, set[str]] = {
     "loading": METHOD | {"checkpoint", "memory", "presets"},
     "pipeline": PIPELINE,
     "processes": BASE | {"runtime"},
-    "training": PIPELINE | {"interrupts", "processes", "video_metrics"},
+    "training": PIPELINE | {"atomic", "interrupts", "processes", "video_metrics"},
     "bench": PIPELINE | {"__init__"},
     "__init__": {
         *("autoencoder", "config", "data", "errors", "generate", "hookspecs", "model", "pipeline", "plugins"),
         *("presets", "training", "video_metrics"),
     },  # imported when they are used
-    "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "published", "terminal", "training"},
+    "commands": PIPELINE
+    | {"__init__", "atomic", "bench", "interrupts", "processes", "published", "terminal", "training"},
     "cli": {"__init__", "commands", "errors", "options", "plugins", "presets"},
     "__main__": {"cli", "errors", "plugins", "terminal"},
 }

@@ -49,7 +49,7 @@ def fatal(function):
 
 save_tensors = run_folder.save_tensors
 run_folder.save_tensors = fatal(save_tensors)
-run_folder._to_disk = fatal(run_folder._to_disk)
+run_folder.to_disk = fatal(run_folder.to_disk)
 pathlib.Path.rename = fatal(pathlib.Path.rename)
 pathlib.Path.replace = fatal(pathlib.Path.replace)
 sys.exit(main())

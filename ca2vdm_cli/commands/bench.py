@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ca2vdm_cli.atomic import write_file
 from ca2vdm_cli.bench.benchmark import Settings, add_autoencoder, count_chunks, environment, run_bench
 from ca2vdm_cli.bench.plots import draw, require_matplotlib
 from ca2vdm_cli.bench.report import TIME, WORK, as_csv, as_html, costs_table, notes, verdict, warnings
@@ -156,7 +157,7 @@ def _check_outputs(outputs: list[Path]) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     with as_user_error(f"{path}: cannot be written"):
-        path.write_bytes(content)
+        write_file(path.resolve(), content)
 
 
 def _measure(pipeline: Pipeline, settings: Settings, *, quiet: bool) -> BackendRun:

@@ -83,16 +83,18 @@ class OutputOptions:
                 raise UsageError("-o: required when several processes share the videos, because each writes its own")
             suffix = "/" if self.format == "png" else f".{self.format or 'mp4'}"
             names = (f"{default}{'' if n == 0 else f'-{n}'}{suffix}" for n in count())
-            path = next(n for n in names if not any(Path(p).exists() for p in _numbered(n, num_videos)))
-        return _numbered(path, num_videos)
+            path = next(n for n in names if not any(Path(p).exists() for p in _numbered(n, num_videos, self.format)))
+        return _numbered(path, num_videos, self.format)
 
 
-def _numbered(path: str, num_videos: int) -> list[str]:
-    if num_videos == 1:
-        return [path]
+def _numbered(path: str, num_videos: int, format: str | None) -> list[str]:
     width = max(2, len(str(num_videos - 1)))
-    if path.endswith("/") or Path(path).is_dir():
-        return [f"{path.rstrip('/')}/{k:0{width}d}/" for k in range(num_videos)]
+    into_folder, images = path.endswith("/") or Path(path).is_dir(), format in (None, "png")
+    if num_videos == 1 and (images or not into_folder):
+        return [path]
+    if into_folder:
+        end = "/" if images else f".{format}"
+        return [f"{path.rstrip('/')}/{k:0{width}d}{end}" for k in range(num_videos)]
     file = Path(path)
     return [str(file.with_name(f"{file.stem}-{k:0{width}d}{file.suffix}")) for k in range(num_videos)]
 

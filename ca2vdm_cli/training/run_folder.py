@@ -19,12 +19,13 @@ import json
 import os
 import re
 import shutil
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from ca2vdm_cli.atomic import replacing, to_disk, write_file
 from ca2vdm_cli.checkpoint import load_tensors, save_tensors
 from ca2vdm_cli.errors import UserError, as_user_error
 
@@ -95,17 +96,17 @@ class RunFolder:
         for name, tensors in files.items():
             save_tensors(partial / name, tensors, {"step": str(step)})
             with _one_line(final):
-                _to_disk(partial / name)
+                to_disk(partial / name)
                 file_facts[name] = {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
         with _one_line(final):
             manifest = {"step": step, "facts": facts, "files": file_facts}
             (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (partial / MANIFEST_FILE, partial):
-                _to_disk(path)
+                to_disk(path)
             if final.exists():  # a damaged one
                 final.rename(final.with_name(f".{final.name}.old"))
             partial.rename(final)
-            _to_disk(final.parent)
+            to_disk(final.parent)
             self.publish(final)
             later = [
                 folder for folder in self._numbered() if _number(folder) > step
@@ -133,9 +134,7 @@ class RunFolder:
             remaining = [line for line in lines if _step_of(line) <= step]
             if remaining == lines:
                 return
-            temporary = path.with_name(f".{path.name}.partial")
-            temporary.write_text("".join(f"{line}\n" for line in remaining), encoding="utf-8")
-            temporary.replace(path)
+            write_file(path, "".join(f"{line}\n" for line in remaining))
 
     def _numbered(self) -> list[Path]:
         """Checkpoint folders, newest first."""
@@ -164,14 +163,11 @@ class RunFolder:
     def publish(self, checkpoint: Path) -> None:
         """Atomically put a checkpoint's averaged weights where sampling looks for them."""
         weights = checkpoint / WEIGHTS_FILE
-        temporary = self.path / f".{WEIGHTS_FILE}.{os.getpid()}.partial"
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(weights, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(weights, temporary)
-        temporary.replace(self.path / WEIGHTS_FILE)
-        temporary.unlink(missing_ok=True)  # if both were links to the same file, replace() did nothing
+        with replacing(self.path / WEIGHTS_FILE) as temporary:
+            try:
+                os.link(weights, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(weights, temporary)
 
 
 def _number(folder: Path) -> int:
@@ -192,16 +188,6 @@ def _digest(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems can't flush folders
-            os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _one_line(path: Path) -> AbstractContextManager[None]:

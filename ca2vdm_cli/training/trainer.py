@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ca2vdm_cli.atomic import write_file
 from ca2vdm_cli.config import Preset, Trainable, TrainingConfig
 from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.generate.diffusion import NoiseProcess
@@ -237,6 +238,4 @@ def training_loop(
 def write_preset(preset: Preset, folder: Path) -> None:
     """Write the resolved preset beside the weights, which makes the folder a preset for sampling."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{PRESET_FILE}.partial"
-    temporary.write_text(dump_preset(preset), encoding="utf-8")
-    temporary.replace(folder / PRESET_FILE)
+    write_file(folder / PRESET_FILE, dump_preset(preset))

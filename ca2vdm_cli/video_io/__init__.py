@@ -3,6 +3,7 @@
 from ca2vdm_cli.options import Aspect
 
 from .ffmpeg import decoder, frame_count, frame_rate, indexed_times, look_ahead, open_stream, to_rgb
+from .formats import OutputFormat
 from .frames import (
     MAX_PIXELS,
     READABLE_IMAGE_SUFFIXES,
@@ -16,7 +17,7 @@ from .frames import (
     write_image,
 )
 from .reading import VideoReader, is_image, open_reader, read_image
-from .writing import OutputFormat, VideoWriter, open_writer
+from .writing import VideoWriter, open_writer
 
 __all__ = [
     "MAX_PIXELS",

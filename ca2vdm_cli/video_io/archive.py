@@ -1,7 +1,9 @@
-"""Reading an ``.npz`` of frames, one frame at a time: its array may be larger than the memory."""
+"""Videos as NumPy archives (.npz), read and written one frame at a time: the array may be larger than the memory."""
 
 from __future__ import annotations
 
+import io
+import shutil
 import zipfile
 from collections.abc import Generator
 from contextlib import ExitStack
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from .frames import ADVICE, MAX_PIXELS, Frame, read_errors, to_channels, too_large
+from .partial import PartialFile
 from .source import Source
 
 ARRAY = "frames.npy"
@@ -66,3 +69,53 @@ def _read(name: str, member: IO[bytes], shape: tuple[int, ...], stack: ExitStack
             if len(data) < size:
                 raise ValueError(f"it ends after frame {index} of {shape[0]}")
             yield to_channels(np.frombuffer(data, np.uint8).reshape(shape[1:]), 3)
+
+
+class Archive:
+    """Writes an .npz. Until it is finished, the frames are a plain array: x.partial.npy, which ``numpy.load`` reads.
+
+    Args:
+        path: the archive.
+        height, width: size of the frames.
+    """
+
+    def __init__(self, path: Path, height: int, width: int) -> None:
+        self._shape, self.kept = (height, width, 3), 0
+        header = self._header()
+        self._file = PartialFile(path, ".npy", header=len(header))
+        self.partial: Path | None = self._file.path
+        try:
+            self._file.append(header)
+        except OSError:
+            self.discard()
+            raise
+
+    def write(self, frame: Frame) -> None:
+        self._file.append(np.ascontiguousarray(frame).data)
+        self.kept += 1
+        self._file.rewrite(self._header())
+
+    def finish(self, *, overwrite: bool) -> None:
+        self._file.finish(overwrite=overwrite, convert=_to_archive)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def discard(self) -> None:
+        self._file.discard()
+
+    def _header(self) -> bytes:
+        """The array's header for the number of frames so far. NumPy leaves room in it, so its length is the same."""
+        header = io.BytesIO()
+        content = {"descr": "|u1", "fortran_order": False, "shape": (self.kept, *self._shape)}
+        np.lib.format.write_array_header_1_0(header, content)
+        return header.getvalue()
+
+
+def _to_archive(array: Path, archive: Path) -> None:
+    with (
+        array.open("rb") as source,
+        zipfile.ZipFile(archive, "w") as target,
+        target.open(ARRAY, "w", force_zip64=True) as file,
+    ):
+        shutil.copyfileobj(source, file, 1 << 20)

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from ca2vdm_cli.atomic import write_file
 from ca2vdm_cli.errors import UsageError, as_user_error
 from ca2vdm_cli.options import Aspect
 
@@ -68,13 +69,18 @@ def natural_order(name: str) -> tuple[list[str | int], str]:
 
 
 def write_image(path: str | Path, frame: Frame) -> None:
-    """Write a frame as an image; the suffix selects the format."""
+    """Write a frame as an image; the suffix selects the format. An existing file is replaced as a whole."""
     path = Path(path)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise UsageError(f"{path}: not an image name; end it with one of {', '.join(sorted(IMAGE_SUFFIXES))}")
     with write_errors(str(path)):
-        picture = cv2.cvtColor(to_channels(frame, 3), cv2.COLOR_RGB2BGR)
-        path.write_bytes(cv2.imencode(path.suffix.lower(), picture)[1].tobytes())
+        write_file(path, encode_image(path.suffix.lower(), frame))
+
+
+def encode_image(suffix: str, frame: Frame) -> bytes:
+    """The bytes of a frame as an image file with this suffix."""
+    picture = cv2.cvtColor(to_channels(frame, 3), cv2.COLOR_RGB2BGR)
+    return cv2.imencode(suffix, picture)[1].tobytes()
 
 
 def resize(frame: Frame, size: Size) -> Frame:

@@ -93,7 +93,7 @@ def test_an_interrupt_before_any_new_frame_leaves_no_trace(
     assert ca2vdm("extend", source, "--preset", weights, *GENERATE, "--overwrite", "-o", target) == 130
     assert capsys.readouterr().err == "interrupted: no new frame was generated\n"
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
-    assert not list(Path().rglob("*.part"))
+    assert not list(Path().rglob("*.partial*"))
 
 
 def test_a_truncated_video_is_reported(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

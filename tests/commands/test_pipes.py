@@ -109,13 +109,13 @@ def test_interrupting_a_pipe_of_commands(start: Any, generate: list[str], tmp_pa
     sample = start("sample", *generate, *ENDLESS, "-o", "-", "-q")
     extend = start("extend", "-", *generate, "-o", "out.mkv", stdin=sample.stdout)
     sample.stdout.close()
-    wait_for(tmp_path / "out.mkv")
+    wait_for(tmp_path / "out.partial.mkv")
     for child in (sample, extend):
         child.send_signal(signal.SIGINT)
     assert (sample.wait(TIMEOUT), extend.wait(TIMEOUT)) == (130, 130)
     assert sample.stderr.read() == b""
     assert extend.stderr.read() == b"interrupted: no new frame was generated\n"
-    assert not (tmp_path / "out.mkv").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -123,7 +123,7 @@ def test_interrupted_sample_leaves_a_playable_file(
     number: signal.Signals, start: Any, generate: list[str], tmp_path: Path
 ) -> None:
     sample = start("sample", *generate, *ENDLESS, "-o", "out.mp4")
-    wait_for(tmp_path / "out.mp4")
+    wait_for(tmp_path / "out.partial.mp4")
     sample.send_signal(number)
     out, text = sample.communicate(timeout=TIMEOUT)
     assert sample.returncode == 130
@@ -131,6 +131,21 @@ def test_interrupted_sample_leaves_a_playable_file(
     frames = len(load(tmp_path / "out.mp4"))
     assert frames > 0
     assert text.decode() == f"interrupted: {frames} new frames are in out.mp4\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_killed_sample_leaves_its_finished_chunks(start: Any, generate: list[str], tmp_path: Path) -> None:
+    sample = start("sample", *generate, *ENDLESS, "-o", "out.mp4")
+    wait_for(tmp_path / "out.partial.mp4")
+    sample.kill()
+    sample.communicate(timeout=TIMEOUT)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial.mp4"]
+    frames = len(load(tmp_path / "out.partial.mp4"))
+    assert frames > 0
+    again = start("sample", *generate, "--frames", str(frames + 4), "-o", "out.mp4")
+    again.communicate(timeout=TIMEOUT)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]  # it begins with the same frames
+    assert len(load(tmp_path / "out.mp4")) == frames + 4
 
 
 def test_an_interrupt_while_the_command_starts(start: Any, generate: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +51,52 @@ def test_sample_writes_the_requested_number_of_frames(make: Make, frames: int, o
 def test_format_overrules_the_suffix(make: Make) -> None:
     assert len(make("sample", "--frames", 5, "--format", "mkv", out="video.bin")) == 5
     assert Path("video.bin").read_bytes()[:4] == b"\x1aE\xdf\xa3"  # EBML
+
+
+@pytest.mark.parametrize("videos", [1, 2])
+def test_files_into_a_folder(weights: Path, videos: int) -> None:
+    request = ["sample", "--preset", weights, *GENERATE, "--frames", 2, "-q", "--num-videos", videos]
+    assert ca2vdm(*request, "-o", "videos/", "--format", "mp4") == 0
+    assert sorted(path.name for path in Path("videos").iterdir()) == [f"{k:02}.mp4" for k in range(videos)]
+    assert ca2vdm(*request, "-o", "videos", "--format", "gif") == 0  # the folder exists
+    assert len(load(f"videos/{videos - 1:02}.gif")) == 2
+
+
+def test_a_folder_with_the_name_of_a_video(weights: Path, refused: Refused) -> None:
+    Path("out.mp4").mkdir()
+    line = refused(2, "sample", "--preset", weights, *GENERATE, "--frames", 2, "-o", "out.mp4")
+    assert line.endswith("out.mp4: a folder, not a file; choose another output, or end it in / for a folder of PNGs")
+    assert not list(Path("out.mp4").iterdir())
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(weights: Path, refused: Refused) -> None:
+    line = refused(2, "sample", "--preset", weights, *GENERATE, "-o", "a\x1b]0;title\x07\x9b2J\u202e\n.avi")
+    assert line.startswith(r"error: a\x1b]0;title\x07\x9b2J\u202e .avi: cannot be written")
+
+
+def test_control_characters_in_reports(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ca2vdm("sample", "--preset", weights, *GENERATE, "--frames", 2, "-o", "a\x1b[31m\x9b2J\udcff.mp4") == 0
+    assert r"→ a\x1b[31m\x9b2J\udcff.mp4" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up(weights: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+
+    def full(handle: int, data: bytes, offset: int) -> int:
+        if offset > 3000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(handle, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    line = refused(1, "sample", "--preset", weights, *GENERATE, "--frames", 200, "-o", "out.mp4")
+    match = re.fullmatch(
+        r"error: out.mp4: cannot be written \(No space left on device\); check permissions, free space and frame size; "
+        r"the (\d+) finished frames are in out\.partial\.mp4",
+        line,
+    )
+    assert match
+    assert len(load("out.partial.mp4")) == int(match[1])
+    assert not Path("out.mp4").exists()
 
 
 def test_output_takes_a_free_name(weights: Path) -> None:

@@ -32,7 +32,7 @@ def make_clip(count: int = 6, height: int = 48, width: int = 64) -> list[Frame]:
     ]
 
 
-def save(path: Path | str, frames: list[Frame], fps: Fraction | float = 8, **options: bool | str) -> None:
+def save(path: Path | str, frames: list[Frame], fps: Fraction | float = 8, **options: object) -> None:
     with open_writer(path, fps=fps, **options) as writer:  # type: ignore[arg-type]
         for frame in frames:
             writer.write(frame)
