@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import save_tensors
+from .checkpoint import load_tensors, load_weights, save_tensors
 from .config import AutoencoderConfig, VideoConfig
 from .errors import UsageError, UserError, first_line
 from .plugins import Registry
@@ -237,31 +235,16 @@ def load_autoencoder(
     autoencoders.check(config.kind, "autoencoder.kind")
     autoencoder = autoencoders[config.kind](config, video, in_channels)
     if weights_path is not None:
-        _load_weights(autoencoder, weights_path)
+        load_weights(autoencoder, load_tensors(weights_path)[0], f"autoencoder weights: {weights_path}")
     return autoencoder.eval().requires_grad_(False)
 
 
-def _load_weights(autoencoder: Autoencoder, path: Path) -> None:
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"autoencoder weights: {path} cannot be read ({first_line(error)}); name a safetensors file"
-        ) from error
-    ours = autoencoder.state_dict()
-    for key in sorted(ours.keys() | weights.keys()):
-        have, need = (tuple(state[key].shape) if key in state else "nothing" for state in (weights, ours))
-        if have != need:
-            raise UserError(
-                f"autoencoder weights: {path} has {have} at {key}, this preset's autoencoder needs {need}; name the "
-                "file it was trained with"
-            )
-    autoencoder.load_state_dict(weights)
+def save_autoencoder(autoencoder: Autoencoder, path: Path, steps: int | None = None) -> None:
+    """Write the weights as safetensors, in half precision except for the latents' mean and variance.
 
-
-def save_autoencoder(autoencoder: Autoencoder, path: Path) -> None:
-    """Write the weights as safetensors, in half precision except for the latents' mean and variance."""
+    ``steps`` says for how many steps they were trained, if that is known.
+    """
     state = {
         key: value if key.startswith("normalize.") else value.half() for key, value in autoencoder.state_dict().items()
     }
-    save_tensors(path, state, {"format": "pt"})
+    save_tensors(path, state, {"format": "pt"} | ({} if steps is None else {"steps": str(steps)}))

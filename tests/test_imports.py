@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "text_encoder": BASE,
     "generate": METHOD | {"runtime"},
     "video_io": {"errors", "interrupts", "options"},
-    "video_metrics": {"plugins", "video_io"},
+    "video_metrics": {"errors", "plugins", "video_io"},
     "data": VIDEO,
     "autoencoder": BASE | {"checkpoint", "plugins"},
     "video_codec": {"autoencoder"},
