@@ -109,7 +109,7 @@ def test_saving_and_loading_rounds_to_half_precision(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_are_refused_with_both_shapes(tmp_path: Path) -> None:
     path = tmp_path / "autoencoder.safetensors"
     save_autoencoder(random_autoencoder(), path)
-    with pytest.raises(UserError, match=r"decoder\.0\.weight has shape \(16, 4, 3, 3\), .* needs \(16, 6, 3, 3\)"):
+    with pytest.raises(UserError, match=r"encoder\.9\.weight has shape \(4, 16, 3, 3\), .* needs \(6, 16, 3, 3\)"):
         load_autoencoder(SMALL, VIDEO, 6, path)
     path.write_bytes(b"no tensors")
     with pytest.raises(UserError, match="not a readable safetensors file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -85,8 +86,8 @@ class _Progress(TrainingCallbacks):
         self._autoencoder: int | None = None
         """Steps done while the autoencoder is trained, else None."""
         self._steps = 0
-        self._measured: list[float] = []
-        """Seconds of the first steps."""
+        self._ends: list[float] = []
+        """When the first steps ended."""
         self._bar: ProgressBar | None = None
 
     def close(self) -> None:
@@ -137,9 +138,9 @@ class _Progress(TrainingCallbacks):
         self._open("training", steps, unit="steps", begun=step)
 
     def on_step(self, report: StepReport, mean_loss: float) -> None:
-        if len(self._measured) < MEASURED_STEPS:
-            self._measured.append(report.seconds)
-            if len(self._measured) == MEASURED_STEPS:
+        if len(self._ends) < MEASURED_STEPS:
+            self._ends.append(time.monotonic())
+            if len(self._ends) == MEASURED_STEPS:
                 self._say_how_long(report.step)
         bar = self._bar or self._open("training", self._steps, unit="steps", begun=self._step or 0)
         self._step = report.step
@@ -159,7 +160,7 @@ class _Progress(TrainingCallbacks):
         self.note(_validation_line(report))
 
     def _say_how_long(self, step: int) -> None:
-        per_step = sum(self._measured[1:]) / (len(self._measured) - 1)  # the first one also warms up
+        per_step = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)  # the first step also warms up
         left = (self._steps - step) * per_step
         if left > 0:
             ends = (datetime.now() + timedelta(seconds=left)).strftime("%A, %H:%M")
