@@ -43,7 +43,7 @@ def run(
 ) -> None:
     """Train, and report the result."""
     main = launched()[0] == 0
-    progress = _Progress(quiet=quiet or not main)
+    progress = _Progress(quiet=quiet or not main, limited=max_minutes is not None)
     try:
         result = train(
             preset,
@@ -77,8 +77,9 @@ def run(
 class _Progress(TrainingCallbacks):
     """Shows one progress bar at a time: for the autoencoder, the latents, and the model."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, limited: bool = False) -> None:
         self.quiet = quiet
+        self._measured_steps = MEASURED_STEPS + 2 * limited  # once the last step is fitted to the limit
         self._step: int | None = None
         """Steps done; None before the model's training starts."""
         self._saved: int | None = None
@@ -138,9 +139,9 @@ class _Progress(TrainingCallbacks):
         self._open("training", steps, unit="steps", begun=step)
 
     def on_step(self, report: StepReport, mean_loss: float) -> None:
-        if len(self._ends) < MEASURED_STEPS:
+        if len(self._ends) < self._measured_steps:
             self._ends.append(time.monotonic())
-            if len(self._ends) == MEASURED_STEPS:
+            if len(self._ends) == self._measured_steps:
                 self._say_how_long(report.step)
         bar = self._bar or self._open("training", self._steps, unit="steps", begun=self._step or 0)
         self._step = report.step
