@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .plugins import autoencoders, backends, choose_backend, contexts, metrics, readers, samplers
     from .presets import LoadedPreset, list_presets, load_preset
     from .training.callbacks import TrainingCallbacks
-    from .training.setup import TrainingResult, train
+    from .training.run import TrainingResult
+    from .training.setup import train
     from .video_metrics import Metric
 
 STARTED = perf_counter()
@@ -46,7 +47,7 @@ _HOME = {  # name: the module it lives in
     "RunOptions": "pipeline",
     "Sampler": "generate.samplers",
     "TrainingCallbacks": "training.callbacks",
-    "TrainingResult": "training.setup",
+    "TrainingResult": "training.run",
     "UsageError": "errors",
     "UserError": "errors",
     "VideoChunk": "pipeline",

@@ -284,9 +284,12 @@ def load_autoencoder(
     return autoencoder.eval().requires_grad_(False)
 
 
-def save_autoencoder(autoencoder: Autoencoder, path: Path) -> None:
-    """Write the weights as safetensors, in half precision except for the latents' mean and variance."""
+def save_autoencoder(autoencoder: Autoencoder, path: Path, steps: int | None = None) -> None:
+    """Write the weights as safetensors, in half precision except for the latents' mean and variance.
+
+    ``steps`` says for how many steps they were trained, if that is known.
+    """
     state = {
         key: value if key.startswith("normalize.") else value.half() for key, value in autoencoder.state_dict().items()
     }
-    save_tensors(path, state, {"format": "pt"})
+    save_tensors(path, state, {"format": "pt"} | ({} if steps is None else {"steps": str(steps)}))

@@ -285,7 +285,8 @@ def train(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Held-out videos for validation. Default: other synthetic clips, or else the training data.",
+            help="Held-out videos for validation. Default: other synthetic clips, the data's test split, or else the "
+            "training data.",
         ),
     ] = None,
     check_data: Annotated[
@@ -298,6 +299,12 @@ def train(
         "runs/train"
     ),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: the preset's.")] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N", help="End after N minutes: fewer steps if need be, with the learning rate's schedule fitted."
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights to start from (fine-tuning): a file, or the folder of a training run.")
     ] = None,
@@ -343,6 +350,7 @@ def train(
         widen=widen,
         distill=distill,
         resume=resume,
+        max_minutes=max_minutes,
         seed=seed,
         backend=backend,
         device=device,

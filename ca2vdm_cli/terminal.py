@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +21,9 @@ from .errors import UserError
 
 # Everything but line breaks that moves the cursor, changes colours, reverses the text or cannot be encoded.
 _CONTROL = re.compile(r"[\0-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+TIME_LEFT = "left"
+FIRST_LINE, LINES_EVERY = 10.0, 60.0
+"""Seconds until the first line of progress without a terminal, and between two of them."""
 
 
 class _Console(Console):
@@ -87,14 +91,42 @@ def duration(seconds: float) -> str:
     return f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
 class _Rate(ProgressColumn):
     """Finished units per second."""
 
     def render(self, task: Task) -> Text:
-        unit = task.fields.get("unit", "frames")
-        done, elapsed = task.fields.get("finished", 0) - task.fields.get("begun", 0), task.elapsed
-        rate = f"{done / elapsed:5.1f} {unit}/s" if done and elapsed else f"    – {unit}/s"
-        return Text(rate, style="progress.data.speed", no_wrap=True)
+        return Text(_rate(task), style="progress.data.speed", no_wrap=True)
+
+
+class _Info(ProgressColumn):
+    """As many of the texts at the end as fit into the terminal, so that rate and time left are never cut off."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def render(self, task: Task) -> Text:
+        counter = f"{task.fields['finished']}/{task.fields['frames']}"
+        room = self.room - len(task.description) - len(counter) - len(_rate(task))
+        parts = list(task.fields["info"])
+        while parts and len("  ".join(parts)) > room:
+            parts.pop()
+        return Text("  ".join(parts), no_wrap=True)
+
+
+def _rate(task: Task) -> str:
+    unit = task.fields["unit"]
+    done, elapsed = task.fields["finished"] - task.fields["begun"], task.elapsed
+    if not done or not elapsed:
+        return f"    – {unit}/s"
+    rate = done / elapsed
+    return f"{rate:5.1f} {unit}/s" if rate >= 1 else f"{rate:5.3f} {unit}/s"
 
 
 class ProgressBar:
@@ -107,24 +139,40 @@ class ProgressBar:
         quiet: hide the bar.
         unit: what is counted, by default frames.
         begun: number of frames and small steps that an earlier run finished.
+        lines: without a terminal, print a line now and then instead (after 10 seconds, then every 60).
     """
 
     def __init__(
-        self, description: str, total: int, frames: int, *, quiet: bool = False, unit: str = "frames", begun: int = 0
+        self,
+        description: str,
+        total: int,
+        frames: int,
+        *,
+        quiet: bool = False,
+        unit: str = "frames",
+        begun: int = 0,
+        lines: bool = False,
     ) -> None:
+        out = console()
+        wide = out.width >= 100
+        # short: a terminal prints ^C after the bar, and a line break would keep it from being erased
+        length = 24 if wide else 8
+        separators = 7 + len(TIME_LEFT) + len("0:00:00") + len("^C")
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(24),  # short: a terminal prints ^C after it, and a line break would keep it from being erased
+            BarColumn(length),
             TextColumn("{task.fields[finished]}/{task.fields[frames]}"),
             _Rate(),
             TimeRemainingColumn(),
-            TextColumn("left {task.fields[info]}"),
-            console=console(),
+            TextColumn(TIME_LEFT),
+            _Info(out.width - length - separators),
+            console=out,
             transient=True,
             disable=quiet or not sys.stderr.isatty(),
         )
+        self._next_line = time.monotonic() + FIRST_LINE if lines and not quiet and not sys.stderr.isatty() else None
         self._task = self._progress.add_task(
-            description, total=total, completed=begun, finished=begun, begun=begun, frames=frames, unit=unit, info=""
+            description, total=total, completed=begun, finished=begun, begun=begun, frames=frames, unit=unit, info=()
         )
 
     def __enter__(self) -> ProgressBar:
@@ -139,15 +187,45 @@ class ProgressBar:
     def count(self, finished: int, total: int) -> None:
         """Set both the finished number and the total, if the total is not known in advance."""
         self._progress.update(self._task, completed=finished, total=total, finished=finished, frames=total)
+        self._print_line()
 
-    def advance(self, *, finished: int | None = None, info: str | None = None, steps: int = 1) -> None:
-        """Advance by some small steps, and set the number of finished frames and the text at the end if given."""
+    def advance(self, *, finished: int | None = None, info: Sequence[str] | None = None, steps: int = 1) -> None:
+        """Advance by some small steps, and set the number of finished frames if given.
+
+        ``info`` sets the texts at the end, the most important one first; a narrow terminal shows only the first ones.
+        """
         fields: dict[str, Any] = {}
         if finished is not None:
             fields["finished"] = finished
         if info is not None:
             fields["info"] = info
         self._progress.update(self._task, advance=steps, **fields)
+        self._print_line()
+
+    def _print_line(self) -> None:
+        """Without a terminal: print where the work is, now and then."""
+        if self._next_line is None or time.monotonic() < self._next_line:
+            return
+        self._next_line = time.monotonic() + LINES_EVERY
+        task = self._progress.tasks[0]
+        done = task.fields["finished"] - task.fields["begun"]
+        left = (task.fields["frames"] - task.fields["finished"]) * (task.elapsed or 0) / max(1, done)
+        counter = f"{task.fields['finished']}/{task.fields['frames']}"
+        note(
+            "  ".join(
+                [f"{task.description} {counter}", _rate(task).strip(), f"{clock(left)} left", *task.fields["info"]]
+            )
+        )
+
+
+def urgent(message: str, *, quiet: bool = False) -> None:
+    """Print one line from a signal handler, over a progress bar if there is one."""
+    if quiet:
+        return
+    erase = "\r\x1b[2K" if sys.stderr.isatty() else ""
+    with suppress(RuntimeError, OSError, ValueError):  # the signal interrupted another write
+        sys.stderr.write(f"{erase}{message}\n")
+        sys.stderr.flush()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import cv2
 import numpy as np
 
+from .errors import UserError
 from .plugins import Registry
 from .plugins import metrics as _metrics
 from .video_io import Frame
@@ -41,6 +42,25 @@ class PeakSignalToNoiseRatio(Metric):
 
     def measure(self, generated: Frame, true: Frame) -> float:
         return float(np.mean([cv2.PSNR(one, other) for one, other in zip(generated, true, strict=True)]))
+
+
+def measured(name: str, generated: Frame, true: Frame) -> float:
+    """What the metric ``name`` returns for two videos (T, H, W, C) uint8.
+
+    Raises:
+        UserError: it returned something else than a number.
+    """
+    value: object = metrics[name].measure(generated, true)
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several values
+        shown = " ".join(repr(value).split())
+        raise UserError(
+            f"{metrics.owner(name)}: its metric {name!r} returned {shown if len(shown) < 60 else shown[:59] + '…'}, "
+            "which is not a number; fix or uninstall it"
+        ) from None
 
 
 psnr = PeakSignalToNoiseRatio()

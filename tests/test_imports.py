@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "text_encoder": BASE | {"checkpoint"},
     "generate": METHOD | {"runtime"},
     "video_io": {"atomic", "errors", "interrupts", "options"},
-    "video_metrics": {"plugins", "video_io"},
+    "video_metrics": {"errors", "plugins", "video_io"},
     "data": VIDEO,
     "autoencoder": BASE | {"checkpoint", "plugins"},
     "video_codec": {"autoencoder"},

@@ -53,7 +53,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_shipped_presets_are_valid() -> None:
-    assert preset_names() == ["bench-small", "ca2-vdm-base", "ca2-vdm-xl", DEFAULT_PRESET, "one-clip", "tiny"]
+    packaged = ["bench-small", "ca2-vdm-base", "ca2-vdm-xl", DEFAULT_PRESET, "one-clip", "real-clips", "tiny"]
+    assert preset_names() == packaged
     for loaded in list_presets():
         assert loaded.name in (loaded.path.stem, loaded.path.parent.name)
         assert loaded.config.description
@@ -201,7 +202,7 @@ def test_words_and_numbers_are_what_they_look_like(file: Path) -> None:
 
 
 def test_unknown_preset_lists_the_known_ones(tmp_path: Path) -> None:
-    known = "bench-small, ca2-vdm-base, ca2-vdm-xl, moving-digits, one-clip, tiny"
+    known = "bench-small, ca2-vdm-base, ca2-vdm-xl, moving-digits, one-clip, real-clips, tiny"
     assert refusal("something-else").endswith(f"is neither built in nor a file; built in: {known}")
     assert refusal("moving-digit").endswith("is neither built in nor a file; did you mean moving-digits?")
     assert refusal("tin").endswith("did you mean tiny?")

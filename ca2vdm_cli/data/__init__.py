@@ -8,7 +8,7 @@ time in worker processes.
 
 from .clips import Clips, VideoClips
 from .digits import TILE, MovingDigits, digit_images
-from .latents import CacheReport, LatentClips, cache_latents
+from .latents import CacheReport, LatentClips, cache_latents, check_cacheable
 from .loader import Batch, ClipLoader
 from .readers import Layout, Reader, open_clips, read_layout
 from .source import Clip, ClipSource
@@ -32,6 +32,7 @@ __all__ = [
     "VideoClips",
     "VideoFile",
     "cache_latents",
+    "check_cacheable",
     "digit_images",
     "open_clips",
     "read_layout",

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ca2vdm_cli.checkpoint import save_tensors
+from ca2vdm_cli.checkpoint import load_tensors, save_tensors
 from ca2vdm_cli.config import AutoencoderConfig, Crop
 from ca2vdm_cli.errors import UsageError, UserError, as_user_error
 
@@ -25,7 +25,7 @@ from .clips import Clips, VideoClips
 from .source import Clip, ClipSource
 from .videos import Video
 
-VERSION = "1"
+VERSION = "2"
 """Version of the entries' contents."""
 SAMPLE = 64 * 1024
 """Bytes at each end of a file that its key covers, besides its size and modification time."""
@@ -67,7 +67,7 @@ def cache_latents(
 
     An entry is a safetensors file with ``latents`` and, if clips are flipped, ``flipped``: float16 (T, c, h, w) for all
     frames of the video. It is reused only if the video's file, the frame size, the crop, and the autoencoder's settings
-    and weights are unchanged.
+    and weights are unchanged, and if it has the checksum that it was written with.
 
     Args:
         source: the videos. The clips drawn from the cache are this source's clips, encoded.
@@ -75,18 +75,14 @@ def cache_latents(
         config: the autoencoder's settings.
         folder: the cache; created if missing.
         device: where frames are encoded; the CPU by default.
-        progress: called after each video with the number of finished videos and the total.
+        progress: called with the number of finished videos and the total: before the first and after each.
 
     Raises:
         UsageError: the source has no videos, or a random crop.
         UserError: no video is usable, or the cache cannot be written.
     """
-    if not isinstance(source, VideoClips):
-        raise UsageError(
-            "cache_latents: moving-digits never repeats a clip, so there is nothing to cache; leave it out"
-        )
-    if source.data.crop is Crop.RANDOM:
-        raise UsageError("cache_latents: data.crop random needs the frames themselves; use stretch, crop or pad")
+    check_cacheable(source)
+    assert isinstance(source, VideoClips)
     settings = {
         "version": VERSION,
         "video": [source.video.height, source.video.width, source.video.channels],
@@ -99,6 +95,7 @@ def cache_latents(
     stale: dict[str, str] = {}
     entries: dict[int, tuple[Path, int]] = {}
     skipped, damaged = dict(source.skipped), {}
+    progress(0, len(source.videos))
     for index, video in enumerate(source.videos):
         path = folder / _entry(video)
         try:
@@ -124,11 +121,26 @@ def cache_latents(
     return clips, CacheReport(encoded, reused, stale)
 
 
+def check_cacheable(source: ClipSource) -> None:
+    """Raises UsageError if the latents of a source can't be cached: it has no videos, or a random crop."""
+    if not isinstance(source, VideoClips):
+        raise UsageError(
+            "cache_latents: moving-digits never repeats a clip, so there is nothing to cache; leave it out"
+        )
+    if source.data.crop is Crop.RANDOM:
+        raise UsageError("cache_latents: data.crop random needs the frames themselves; use stretch, crop or pad")
+
+
 def weights_hash(autoencoder: Encoder) -> str:
-    """SHA-256 of an autoencoder's weights with their names, dtypes and shapes."""
+    """SHA-256 of an autoencoder's weights with their names, dtypes and shapes.
+
+    Weights called ``decoder.…`` don't count: a decoder can be trained longer without changing any latent.
+    """
     digest = hashlib.sha256()
     state = autoencoder.state_dict() if isinstance(autoencoder, nn.Module) else {}
     for name, value in sorted(state.items()):
+        if name.startswith("decoder."):
+            continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -167,15 +179,17 @@ def _check(path: Path, key: dict[str, object]) -> tuple[int, str]:
     try:
         with safe_open(path, framework="pt") as file:
             stored = json.loads((file.metadata() or {})[_KEY])
-            expected = json.loads(json.dumps(key))
-            for name in expected:
-                if not isinstance(stored, dict) or stored.get(name) != expected[name]:
-                    return 0, f"its {name} has changed"
-            shapes = {tuple(file.get_slice(name).get_shape()) for name in _versions(bool(key["flip"]))}
-            (shape,) = shapes
-            return (int(shape[0]), "") if len(shape) == 4 else (0, "its latents do not have shape (T, c, h, w)")
+        expected = json.loads(json.dumps(key))
+        for name in expected:
+            if not isinstance(stored, dict) or stored.get(name) != expected[name]:
+                return 0, f"its {name} has changed"
+        tensors, _ = load_tensors(path)  # compares the checksum
+        (shape,) = {tuple(tensors[name].shape) for name in _versions(bool(key["flip"]))}
+        return (int(shape[0]), "") if len(shape) == 4 else (0, "its latents do not have shape (T, c, h, w)")
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError):
         return 0, "it cannot be read"
+    except UserError:
+        return 0, "it is damaged"
 
 
 def _damage(path: Path) -> str:

@@ -35,6 +35,8 @@ from .source import ClipSource
 
 AHEAD = 2
 """How many batches a worker may be ahead of the current step."""
+PATIENCE = 0.5
+"""Seconds between two calls of ``waiting``."""
 DEFAULT_WORKERS = 2
 """Default number of workers if frames have to be decoded."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -103,13 +105,20 @@ class ClipLoader:
         return self
 
     def __next__(self) -> Batch:
+        return self.next()
+
+    def next(self, waiting: Callable[[float], None] = lambda seconds: None) -> Batch:
         """The next step's batch.
+
+        Args:
+            waiting: called every ``PATIENCE`` seconds while a worker is awaited, with the seconds so far. What it
+                raises passes through, and the batch can be asked for again.
 
         Raises:
             UserError: no video is usable any more, or a worker has died.
         """
         began = time.perf_counter()
-        result = self._next_result()
+        result = self._next_result(waiting)
         self.wait_seconds += time.perf_counter() - began
         if isinstance(result, UserError):
             self.close()
@@ -131,11 +140,11 @@ class ClipLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _next_result(self) -> _Result:
+    def _next_result(self, waiting: Callable[[float], None]) -> _Result:
         if not self._running:
             return _make(self.source, *self._task(self._step))
         worker = self._running[self._step % self.workers]
-        result, skipped, damaged = worker.results.get()
+        result, skipped, damaged = _awaited(worker.results, waiting)
         worker.ask(self._task(self._step + self.workers * AHEAD))
         if isinstance(self.source, Clips):
             for known, news in ((self.source.skipped, skipped), (self.source.damaged, damaged)):
@@ -159,6 +168,17 @@ class ClipLoader:
         atexit.register(self.close)  # runs before multiprocessing's own handler, which would wait for the workers
         for step in range(self._step, self._step + self.workers * AHEAD):
             self._running[step % self.workers].ask(self._task(step))
+
+
+def _awaited(
+    results: queue.SimpleQueue[tuple[_Result, _Reasons, _Reasons]], waiting: Callable[[float], None]
+) -> tuple[_Result, _Reasons, _Reasons]:
+    began = time.perf_counter()
+    while True:
+        try:
+            return results.get(timeout=PATIENCE)
+        except queue.Empty:
+            waiting(time.perf_counter() - began)
 
 
 def _make(source: ClipSource, indices: range, length: int) -> _Result:

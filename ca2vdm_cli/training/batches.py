@@ -10,7 +10,7 @@ tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,20 +99,27 @@ class Batches:
         first_chunk_only = float(torch.rand((), generator=generator)) < training.first_chunk_share
         return prefix, 1 if first_chunk_only else self.preset.chunks(prefix)
 
-    def next(self, step: int, part: int, stored_caption: tuple[Tensor, Tensor] | None) -> EncodedBatch:
+    def next(
+        self,
+        step: int,
+        part: int,
+        stored_caption: tuple[Tensor, Tensor] | None,
+        waiting: Callable[[float], None] = lambda seconds: None,
+    ) -> EncodedBatch:
         """The next batch. The first call decides where in the data to start; later ones must be consecutive.
 
         Args:
             step: steps done.
             part: which part of the step, from 0 (gradient accumulation).
             stored_caption: the model's unconditional caption, B rows; None for a model without text.
+            waiting: called now and then while clips are awaited, with the seconds so far.
         """
         accelerator, accumulation = self.accelerator, self.preset.training.accumulation
         place = (step * accumulation + part) * accelerator.num_processes + accelerator.process_index
         indices = range(place * self.size, (place + 1) * self.size)
         loader = self._loader = self._loader or self._start_loader(step)
         waited_before = loader.wait_seconds
-        batch = next(loader)
+        batch = loader.next(waiting)
         encoding = time.perf_counter()
         latents = self._encode(batch)
         text = self._encode_text(batch.captions, indices, stored_caption)

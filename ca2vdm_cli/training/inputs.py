@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ca2vdm_cli.autoencoder import Autoencoder, ConvAutoencoder, load_autoencoder, save_autoencoder
-from ca2vdm_cli.config import Preset, Split
+from ca2vdm_cli.autoencoder import Autoencoder
+from ca2vdm_cli.config import Preset
 from ca2vdm_cli.data import Clips, ClipSource, cache_latents, open_clips
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.model.attention import Backend
-from ca2vdm_cli.presets import LoadedPreset
 from ca2vdm_cli.text_encoder import TextEncoder
 
-from .autoencoder import train_autoencoder
-from .batches import TrainingData
 from .callbacks import TrainingCallbacks
-from .run_folder import AUTOENCODER_FILE, Checkpoint
+from .checkpoints import Checkpoint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LARGEST_SEED = 2**63 - 1
-HELD_OUT = 1_000_003
-"""Added to the seed of held-out synthetic clips."""
 
 
 @dataclass(frozen=True)
@@ -123,48 +118,19 @@ def open_source(data: str | Path | ClipSource | None, config: Preset, seed: int,
     return data
 
 
-def held_out_clips(inputs: Inputs, source: ClipSource, config: Preset) -> ClipSource:
-    """Clips to validate on. If the validation data has a test split, that split is used."""
-    held_out = inputs.validation_data
-    if held_out is None:
-        return source if inputs.data is not None else open_source(None, config, inputs.seed + HELD_OUT, "data")
-    test = replace(config, data=replace(config.data, split=Split.TEST))
-    try:
-        return open_source(held_out, test, inputs.seed, "validation_data")
-    except UsageError:  # it has no splits
-        return open_source(held_out, config, inputs.seed, "validation_data")
-
-
-def training_data(
-    loaded: LoadedPreset,
-    config: Preset,
-    source: ClipSource,
-    inputs: Inputs,
-    machine: Machine,
-    out: Path,
-    callbacks: TrainingCallbacks,
-    *,
-    reuse: bool,
-) -> TrainingData:
-    """The clips (as cached latents if requested), the autoencoder and the text encoder."""
-    accelerator, clips = machine.accelerator, source
-    for line in source.notes if isinstance(source, Clips) else ():
-        callbacks.note(line)
-    with accelerator.main_process_first():  # it trains and writes the autoencoder, the others read it
-        reuse = reuse or not accelerator.is_main_process
-        autoencoder = _autoencoder(loaded, config, source, out, machine.device, inputs.seed, callbacks, reuse=reuse)
-        if inputs.cache_latents is not None:
-            clips = _cached(source, autoencoder, config, Path(inputs.cache_latents), machine.device, callbacks)
-    with accelerator.main_process_first():  # the text encoder may have to be downloaded
-        text_encoder = None
+def open_text_encoder(
+    config: Preset, source: ClipSource, machine: Machine, callbacks: TrainingCallbacks
+) -> TextEncoder | None:
+    """The text encoder, or None without captions."""
+    with machine.accelerator.main_process_first():  # it may have to be downloaded
         if config.text is not None:
-            text_encoder = TextEncoder(config.text, config.model, machine.device, machine.dtype)
-        elif config.model.text_channels and isinstance(source, Clips) and any(v.caption for v in source.videos):
-            callbacks.note("text: the data has captions, but the preset names no text encoder; they are not used")
-    return TrainingData(clips, autoencoder, text_encoder)
+            return TextEncoder(config.text, config.model, machine.device, machine.dtype)
+    if config.model.text_channels and isinstance(source, Clips) and any(v.caption for v in source.videos):
+        callbacks.note("text: the data has captions, but the preset names no text encoder; they are not used")
+    return None
 
 
-def _cached(
+def cached_clips(
     source: ClipSource,
     autoencoder: Autoencoder,
     config: Preset,
@@ -178,47 +144,3 @@ def _cached(
         callbacks.note(f"{folder}: the entry of {name} is stale ({reason}) and was encoded again")
     callbacks.note(f"{folder}: encoded {report.encoded} videos, reused the latents of {report.reused}")
     return clips
-
-
-def _autoencoder(
-    loaded: LoadedPreset,
-    config: Preset,
-    source: ClipSource,
-    out: Path,
-    device: torch.device,
-    seed: int,
-    callbacks: TrainingCallbacks,
-    *,
-    reuse: bool,
-) -> Autoencoder:
-    """The preset's autoencoder, or the one in the run's folder if ``reuse``.
-
-    A conv or lowpass autoencoder without weights is trained first; a copy of its weights goes to the run's folder.
-    """
-    assert config.video is not None
-    copy = out / AUTOENCODER_FILE
-    path = copy if reuse and copy.is_file() else loaded.autoencoder_weights_path
-    torch.manual_seed(seed)
-    autoencoder = load_autoencoder(config.autoencoder, config.video, config.model.in_channels, path)
-    autoencoder.to(device)
-    if not isinstance(autoencoder, ConvAutoencoder):
-        return autoencoder
-    if path is None:
-        steps = config.training.autoencoder_steps
-        if not steps:
-            raise UsageError(
-                f"preset {loaded.name}: its autoencoder has no weights; set training.autoencoder_steps to train it"
-            )
-        train_autoencoder(
-            autoencoder,
-            source,
-            config.training,
-            seed,
-            lambda step, loss: callbacks.on_autoencoder_step(step, steps, loss),
-        )
-    if path != copy:
-        out.mkdir(parents=True, exist_ok=True)
-        save_autoencoder(autoencoder, copy)
-        # read back, because the file has rounded weights: those that sampling and a resumed run will use
-        autoencoder = load_autoencoder(config.autoencoder, config.video, config.model.in_channels, copy).to(device)
-    return autoencoder

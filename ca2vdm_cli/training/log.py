@@ -1,46 +1,30 @@
-"""Training's logs: ``metrics.jsonl``, one line per step, ``validation.jsonl``, and TensorBoard if it is installed."""
+"""Training's logs: ``metrics.jsonl``, one line per step, ``validation.jsonl``, and TensorBoard if it is installed.
+
+A log that can't be written (a full disk, a deleted folder) does not end training: the user is told once.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 
-from .run_folder import METRICS_FILE, RunFolder
+from ca2vdm_cli.errors import first_line
 
-if TYPE_CHECKING:
-    from .validation import ValidationReport
+from .reports import COMPARISONS, StepReport, ValidationReport
+from .run_folder import METRICS_FILE, RunFolder
 
 TENSORBOARD = "tensorboard"
 VALIDATION_FILE = "validation.jsonl"
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Results of one optimizer step, over all processes."""
-
-    step: int
-    """Steps done."""
-    loss: float
-    terms: dict[str, float]
-    """The loss's terms by name."""
-    learning_rate: float
-    gradient_norm: float
-    prefix: int
-    """Frames of clean prefix before the first chunk."""
-    seconds: float
-    data_seconds: float
-    """Part of ``seconds`` spent waiting for clips."""
-    encode_seconds: float
-    """Part of ``seconds`` spent encoding clips and captions."""
-    frames: int
-    """Frames that contributed to the loss."""
-    memory_bytes: int
-    """Peak memory of this process so far; on a GPU, of PyTorch's allocations."""
 
 
 class TrainingLog:
@@ -50,54 +34,75 @@ class TrainingLog:
         folder: the run's folder.
         step: steps done; lines that a killed run wrote beyond that step are dropped.
         active: whether this process writes; only the main process should.
+        note: called with a line for the user, once for each log that can't be written.
     """
 
-    def __init__(self, folder: RunFolder, step: int, *, active: bool = True) -> None:
-        self.path = folder.path
-        self._file = self._board = None
+    def __init__(
+        self, folder: RunFolder, step: int, *, active: bool = True, note: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.path, self._active, self._note = folder.path, active, note
+        self._failed: set[Path] = set()
+        self._board: _Board | None = None
         if active:
             for name in (METRICS_FILE, VALIDATION_FILE):
                 folder.drop_lines_after(name, step)
-            self._file = (folder.path / METRICS_FILE).open("a", encoding="utf-8")
-            self._board = _tensorboard(folder.path / TENSORBOARD, step)
+            with self._told_once(folder.path / TENSORBOARD):
+                self._board = _board(folder.path / TENSORBOARD, step)
 
     def step(self, report: StepReport) -> None:
         """Log one step."""
-        if self._file is None:
+        if not self._active:
             return
-        self._file.write(json.dumps(asdict(report)) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            scalars = {
-                "loss": report.loss,
-                "learning_rate": report.learning_rate,
-                "gradient_norm": report.gradient_norm,
-                "frames_per_second": report.frames / report.seconds,
-                "data_share": report.data_seconds / report.seconds,
-                **{f"loss/{name}": value for name, value in report.terms.items()},
-            }
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, report.step)
+        self._append(METRICS_FILE, asdict(report))
+        scalars = {
+            "loss": report.loss,
+            "learning_rate": report.learning_rate,
+            "gradient_norm": report.gradient_norm,
+            "frames_per_second": report.frames / report.seconds,
+            "data_share": report.data_seconds / report.seconds,
+            **{f"loss/{name}": value for name, value in report.terms.items()},
+        }
+        self._show(scalars, None, report.step)
 
     def validation(self, report: ValidationReport) -> None:
         """Log one validation and its contact sheet."""
-        if self._file is None:
+        if not self._active:
             return
         line: dict[str, Any] = {**asdict(report), "video": report.video.name, "sheet": report.sheet.name}
-        with (self.path / VALIDATION_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if self._board is not None:
-            self._board.add_scalar("validation/loss", report.loss, report.step)
-            for prefix, value in report.by_prefix.items():
-                self._board.add_scalar(f"validation/prefix_{prefix}", value, report.step)
-            for level, value in report.by_level.items():
-                self._board.add_scalar(f"validation/noise_{level:g}", value, report.step)
-            for name in ("reconstruction", "continuation", "repeat_last_frame"):
-                for metric, value in getattr(report, name).items():
-                    self._board.add_scalar(f"validation/{name}/{metric}", value, report.step)
-            picture = cv2.imread(str(report.sheet))
+        self._append(VALIDATION_FILE, line)
+        scalars = {"validation/loss": report.loss}
+        scalars |= {f"validation/prefix_{prefix}": value for prefix, value in report.by_prefix.items()}
+        scalars |= {f"validation/noise_{level:g}": value for level, value in report.by_level.items()}
+        for name in COMPARISONS:
+            scalars |= {f"validation/{name}/{metric}": value for metric, value in getattr(report, name).items()}
+        self._show(scalars, report.sheet, report.step)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        """Append a line to a file. A line that a full disk cuts off is dropped when the run is resumed."""
+        path = self.path / name
+        with self._told_once(path), closing(_Appended(path)) as file:
+            file.write(b"\n" * (path in self._failed and _ends_midway(path)) + json.dumps(line).encode() + b"\n")
+
+    def _show(self, scalars: dict[str, float], picture: Path | None, step: int) -> None:
+        """Write values, and perhaps a picture, to TensorBoard. After an error its file can't be read on."""
+        path = self.path / TENSORBOARD
+        if self._board is None or path in self._failed:
+            return
+        with self._told_once(path):
+            for name, value in scalars.items():
+                self._board.scalar(name, value, step)
             if picture is not None:
-                self._board.add_image("validation/sheet", picture[:, :, ::-1], report.step, dataformats="HWC")
+                self._board.picture("validation/sheet", picture, step)
+
+    @contextmanager
+    def _told_once(self, path: Path) -> Iterator[None]:
+        """Tell the user about the first error in writing ``path``, and go on."""
+        try:
+            yield
+        except OSError as error:
+            if path not in self._failed:
+                self._note(f"{path}: cannot be written ({first_line(error)}); training goes on without it")
+            self._failed.add(path)
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -105,16 +110,72 @@ class TrainingLog:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with self._told_once(self.path / TENSORBOARD):
+                self._board.close()
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
-    """A TensorBoard writer, or None without the package."""
+def _ends_midway(path: Path) -> bool:
+    """Whether the last line of a file is not complete."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+class _Appended:
+    """A file that grows by whole pieces, without a buffer that would fail again when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, data: bytes) -> None:
+        while data:
+            data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Board:
+    """A TensorBoard event file, written at once: ``SummaryWriter`` writes in a thread, whose errors are tracebacks."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+
+        self._event, self._summary = event_pb2.Event, summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter(_Appended(folder / name))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # purges what a killed run wrote beyond it
+        try:
+            self._write(step=step + 1, file_version="brain.Event:2")
+            self._write(step=step + 1, session_log=start)
+        except OSError:
+            self.close()
+            raise
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._write(step=step, summary=self._summary.scalar(name, value))
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        pixels = cv2.imread(str(path)) if path.is_file() else None
+        if pixels is not None:
+            self._write(step=step, summary=self._summary.image(name, pixels[:, :, ::-1], dataformats="HWC"))
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _write(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+
+def _board(folder: Path, step: int) -> _Board | None:
+    """A TensorBoard file, or None without the package."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return _Board(folder, step)
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -13,8 +13,9 @@ from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 
 from .average import WeightAverage
+from .checkpoints import Checkpoint
 from .lora import split
-from .run_folder import STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
+from .run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
 from .sharding import Sharding
 
 OTHER_SETTINGS = "it is from a run with other settings; resume with the settings that the run started with"

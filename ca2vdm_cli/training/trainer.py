@@ -1,4 +1,4 @@
-"""Training: the steps of one run, and the loop around them.
+"""Training: the steps of one run. ``loop`` has the loop around them.
 
 Shape letters: B clips of one forward of one process, C channels, T frames, h, w latent size.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,26 +20,23 @@ from ca2vdm_cli.config import Preset, Trainable, TrainingConfig
 from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.samplers import Sampler, make_sampler
-from ca2vdm_cli.interrupts import held_interrupts
 from ca2vdm_cli.loading import build_model
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.presets import PRESET_FILE, dump_preset
-from ca2vdm_cli.processes import any_process
 from ca2vdm_cli.runtime import peak_memory
 
 from .average import WeightAverage
 from .batches import CLIP, ROLLOUT, Batches, EncodedBatch, TrainingData
 from .distillation import Distillation
-from .log import StepReport, TrainingLog
 from .lora import add_adapters
 from .loss import Draw, Objective
 from .optimizers import RATES, learning_rate_share, make_optimizers
+from .reports import StepReport
 from .rollout import self_forcing_rollout
 from .run_folder import RunFolder
 from .sharding import make_sharding
 from .state import TrainingState
-from .validation import Validator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,19 +96,41 @@ class Trainer:
         self._forward, self.optimizers = self.sharding.prepare(self.objective, optimizers, training, self.batches.size)
         average = WeightAverage(self.model, training.ema_decay)
         self.state = TrainingState(self.model, self.optimizers, average, self.sharding)
+        self._fetched: list[EncodedBatch] = []
+        self._fetch_seconds = 0.0
+        self.whole = True
+        """Whether weights and moments belong to the same step, so that they can be saved."""
 
     @property
     def step(self) -> int:
         """Steps done."""
         return self.state.step
 
+    def fetch(self, waiting: Callable[[float], None] = lambda seconds: None) -> None:
+        """Read and encode the clips of the next step, unless that is done; ``train_step`` does it if need be.
+
+        Args:
+            waiting: called now and then while worker processes are awaited, with the seconds so far; what it raises
+                passes through, and the clips can be fetched later.
+
+        Raises:
+            UserError: no video is usable any more, or a worker has died.
+        """
+        started = time.perf_counter()
+        while len(self._fetched) < self.preset.training.accumulation:
+            caption = self.model.unconditional_caption(self.batches.size)
+            self._fetched.append(self.batches.next(self.step, len(self._fetched), caption, waiting))
+        self._fetch_seconds += time.perf_counter() - started
+
     def train_step(self) -> StepReport:
         """Run one optimizer step.
 
         Raises:
-            UserError: the gradient is not finite; the weights are as before the step.
+            UserError: clips can't be read, or the gradient is not finite; the weights are as before the step.
         """
-        started = time.perf_counter()
+        self.fetch()
+        batches, self._fetched = self._fetched, []
+        started, self._fetch_seconds = time.perf_counter() - self._fetch_seconds, 0.0
         training, step = self.preset.training, self.step
         prefix, chunks = self.batches.lengths(step)
         rate = learning_rate_share(step, training)
@@ -119,28 +138,28 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * self._peak_rates[name]
         self.model.zero_grad(set_to_none=True)
-        batches: list[EncodedBatch] = []
         losses: list[Tensor] = []
         terms: list[dict[str, Tensor]] = []
-        for part in range(training.accumulation):
-            batch = self.batches.next(step, part, self.model.unconditional_caption(self.batches.size))
+        for part, batch in enumerate(batches):
             with self.sharding.accumulate(self._forward, last=part == training.accumulation - 1):
                 loss, loss_terms = self._loss(batch, prefix, chunks)
                 self.accelerator.backward(loss / training.accumulation)
-            batches.append(batch)
             losses.append(loss.detach())
             terms.append(loss_terms)
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), training.gradient_clip))
         if not math.isfinite(norm):
+            self.whole = False  # the weights or moments may hold what the gradient does
             rates = " and ".join(f"training.{RATES[name]} (now {self._peak_rates[name]})" for name in self.optimizers)
             raise UserError(
                 f"step {step + 1}: the gradient is {norm}; lower {rates}, and resume from the last checkpoint if there "
                 "is one"
             )
+        self.whole = False
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.state.average.update(step)
         self.state.step += 1
+        self.whole = True
         seconds = time.perf_counter() - started
         return StepReport(
             step=self.step,
@@ -183,6 +202,11 @@ class Trainer:
         mean: Tensor = self.accelerator.reduce(values.mean(), reduction="mean")
         return mean.item()
 
+    def stop_at(self, steps: int) -> None:
+        """Change the last step, and the learning rate's schedule with it."""
+        self.preset = replace(self.preset, training=replace(self.preset.training, steps=steps))
+        self.facts["steps"] = str(steps)
+
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint: the averaged weights, for sampling, and the state to resume from."""
         self.state.save(folder, self.facts)
@@ -200,39 +224,6 @@ def choose_trainable(model: CausalVideoTransformer, training: TrainingConfig) ->
     elif training.trainable is Trainable.TEMPORAL:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(layer in name.split(".") for layer in TEMPORAL_LAYERS))
-
-
-def training_loop(
-    trainer: Trainer,
-    folder: RunFolder,
-    on_step: Callable[[StepReport], None],
-    validator: Validator | None = None,
-) -> None:
-    """Train to the last step, saving and validating as often as the preset says, and at the end.
-
-    A new run saves before its first step, so that it can be resumed from there. An interrupt takes effect after the
-    current step, and that step is saved. If a step fails (the gradient is not finite), nothing is saved.
-    """
-    training, main = trainer.preset.training, trainer.accelerator.is_main_process
-    with (
-        closing(trainer),
-        TrainingLog(folder, trainer.step, active=main) as log,
-        held_interrupts() as interrupted,
-    ):
-        if trainer.step == 0:
-            trainer.save(folder)
-        while trainer.step < training.steps and not any_process(trainer.accelerator, interrupted()):
-            report = trainer.train_step()
-            log.step(report)
-            on_step(report)
-            done = trainer.step == training.steps
-            if trainer.step % training.checkpoint_every == 0 or done:
-                trainer.save(folder)
-            if training.validate_every and (trainer.step % training.validate_every == 0 or done):
-                weights = trainer.state.averaged_weights()
-                if main and validator is not None:
-                    log.validation(validator(weights, trainer.step))
-        trainer.save(folder)
 
 
 def write_preset(preset: Preset, folder: Path) -> None:

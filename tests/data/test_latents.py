@@ -96,6 +96,31 @@ def test_an_entry_is_reused_until_something_changes(folder: Path, autoencoder: C
         entry.write_bytes(entry.read_bytes()[:100])
     assert set(again().stale.values()) == {"it cannot be read"}
     assert not again().stale and len(list((folder.parent / "cache").iterdir())) == 2
+    with torch.no_grad():
+        next(autoencoder.decoder.parameters()).add_(1)  # no latent depends on it
+    assert again().reused == 2
+
+
+def test_an_entry_with_a_flipped_bit_is_encoded_again(folder: Path, autoencoder: ConvAutoencoder) -> None:
+    source = open_clips(folder, preset(), 0, FRAMES)
+    expected = fill(source, autoencoder, folder)[0].clip(0, FRAMES).frames
+    for entry in (folder.parent / "cache").iterdir():
+        content = bytearray(entry.read_bytes())
+        content[-100] ^= 1
+        entry.write_bytes(content)
+    clips, report = fill(source, autoencoder, folder)
+    assert report.encoded == 2 and set(report.stale.values()) == {"it is damaged"}
+    assert torch.equal(clips.clip(0, FRAMES).frames, expected)
+
+
+def test_progress_begins_before_the_first_video(folder: Path, autoencoder: ConvAutoencoder) -> None:
+    calls: list[tuple[int, int]] = []
+    source = open_clips(folder, preset(), 0, FRAMES)
+    cache = folder.parent / "cache"
+    cache_latents(
+        source, autoencoder, preset().autoencoder, cache, progress=lambda done, total: calls.append((done, total))
+    )
+    assert calls == [(done, 4) for done in range(5)]
 
 
 def test_what_cannot_be_cached(folder: Path, autoencoder: ConvAutoencoder) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.errors import UserError
-from ca2vdm_cli.training.run_folder import MANIFEST_FILE, METRICS_FILE, STATE_FILE, WEIGHTS_FILE, RunFolder
+from ca2vdm_cli.training.checkpoints import MANIFEST_FILE
+from ca2vdm_cli.training.run_folder import METRICS_FILE, STATE_FILE, WEIGHTS_FILE, RunFolder
 
 
 def files(step: int) -> dict[str, dict[str, Tensor]]:

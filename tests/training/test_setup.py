@@ -23,7 +23,8 @@ from ca2vdm_cli.data import Clip
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.samplers import DrawNoise
 from ca2vdm_cli.presets import dump_preset, load_preset
-from ca2vdm_cli.training.log import VALIDATION_FILE, StepReport
+from ca2vdm_cli.training.log import VALIDATION_FILE
+from ca2vdm_cli.training.reports import StepReport
 from ca2vdm_cli.training.run_folder import WEIGHTS_FILE
 
 QUICK = {"training.autoencoder_steps": 2, "training.checkpoint_every": 100}
@@ -144,7 +145,9 @@ def test_a_custom_sampler(tmp_path: Path, backwards: str) -> None:
     config = load_preset(result.folder).config
     assert config.sampling.sampler == backwards
     rollouts = 2 * 2 * (config.chunks(0) - 1)  # optimizer steps, denoising steps, chunks before the last
-    validation = 3 * (-(-2 * config.model.context_frames // config.model.chunk_frames) + 1)
+    window, chunk = config.model.context_frames, config.model.chunk_frames
+    frames = window + (2 * window // chunk + 1) * chunk  # shown after a window, and from scratch
+    validation = 3 * ((frames - window) // chunk + -(-frames // chunk) + 1)
     assert Backwards.steps_taken == rollouts + validation
 
 

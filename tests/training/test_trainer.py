@@ -22,9 +22,11 @@ from ca2vdm_cli.plugins import backends
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
 from ca2vdm_cli.training.batches import TrainingData
-from ca2vdm_cli.training.log import StepReport
-from ca2vdm_cli.training.run_folder import METRICS_FILE, STATE_FILE, WEIGHTS_FILE, Checkpoint, RunFolder
-from ca2vdm_cli.training.trainer import Trainer, training_loop, write_preset
+from ca2vdm_cli.training.checkpoints import Checkpoint
+from ca2vdm_cli.training.loop import training_loop
+from ca2vdm_cli.training.reports import StepReport
+from ca2vdm_cli.training.run_folder import METRICS_FILE, STATE_FILE, WEIGHTS_FILE, RunFolder
+from ca2vdm_cli.training.trainer import Trainer, write_preset
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from command_kit import clip, save
 
 from ca2vdm_cli.autoencoder import load_autoencoder
+from ca2vdm_cli.config import Split
 from ca2vdm_cli.data import MovingDigits
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
@@ -19,9 +21,13 @@ from ca2vdm_cli.plugins import backends, metrics
 from ca2vdm_cli.presets import load_preset
 from ca2vdm_cli.processes import make_accelerator
 from ca2vdm_cli.training.batches import TrainingData
+from ca2vdm_cli.training.held_out import held_out_clips
+from ca2vdm_cli.training.inputs import Inputs, open_source
 from ca2vdm_cli.training.log import VALIDATION_FILE
+from ca2vdm_cli.training.loop import training_loop
 from ca2vdm_cli.training.run_folder import RunFolder
-from ca2vdm_cli.training.trainer import Trainer, training_loop
+from ca2vdm_cli.training.sheets import EMPTY, GIVEN
+from ca2vdm_cli.training.trainer import Trainer
 from ca2vdm_cli.training.validation import LEVELS, Validator
 from ca2vdm_cli.video_io import Frame, open_reader
 from ca2vdm_cli.video_metrics import Metric
@@ -48,19 +54,20 @@ def test_a_validation_leaves_a_video_and_a_sheet(start: bool, tmp_path: Path) ->
     assert report.loss == pytest.approx(mean) == pytest.approx(sum(report.by_prefix.values()) / len(prefixes))
     sheet = cv2.imread(str(report.sheet))
     config = validate.preset.video
-    assert (
-        sheet is not None and config is not None and sheet.shape[:2] == (4 * config.height + 6, 12 * config.width + 22)
-    )
+    assert sheet is not None and config is not None
+    rows = 2 * 2 + 2 * (1 if start else 2)  # truth and model, or the model alone
+    assert sheet.shape[0] > rows * config.height and sheet.shape[1] > 14 * config.width
+    assert (sheet == np.array(GIVEN)[::-1]).all(-1).any()
     with open_reader(report.video) as reader:
         frames = list(reader)
     window, chunk = validate.preset.model.context_frames, validate.preset.model.chunk_frames
-    assert len(frames) == -(-2 * window // chunk) * chunk + (0 if start else 1)
+    assert len(frames) == window + (2 * window // chunk + 1) * chunk
 
 
 def test_a_video_of_absolute_positions_ends_where_they_do(tmp_path: Path) -> None:
     validate = validator(tmp_path, "model.temporal_positions=absolute")
     with open_reader(validate(validate.model.state_dict(), 1).video) as reader:
-        assert len(list(reader)) == 12  # of 13 positions, in chunks of 4
+        assert len(list(reader)) == 12  # of 13 positions, in chunks of 4; 13 after a given window of 9
 
 
 def test_an_unsuitable_sampler_is_refused_before_the_first_validation(tmp_path: Path) -> None:
@@ -130,6 +137,58 @@ def test_metrics_of_clips_shorter_than_the_window(brightness: str, tmp_path: Pat
         report = validate(validate.model.state_dict(), 1)
         assert sorted(measured_lengths) == lengths and report.reconstruction.keys() == {brightness}
         assert bool(report.continuation) == bool(report.repeat_last_frame) == (frames == 8)
+
+
+def videos(folder: Path, *names: str) -> Path:
+    for index, name in enumerate(names):
+        save(folder / name, clip(20 + 8 * index))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "validation", "seen"),
+    [
+        (["a.mp4", "b.mp4"], None, "all of them"),
+        (["train/a.mp4", "test/b.mp4"], None, ""),
+        (["a.mp4", "b.mp4"], "same", "2 of its 2 videos"),
+        (["a.mp4", "held-out/b.mp4"], "held-out", "1 of its 1 videos"),
+        (["a.mp4", "b.mp4"], "elsewhere", ""),
+    ],
+)
+def test_clips_that_training_sees_too_are_reported(
+    names: list[str], validation: str | None, seen: str, tmp_path: Path
+) -> None:
+    data, config = videos(tmp_path / "videos", *names), load_preset("tiny").config
+    places = {None: None, "same": data, "held-out": data / "held-out", "elsewhere": tmp_path / "elsewhere"}
+    videos(tmp_path / "elsewhere", "c.mp4")
+    inputs = Inputs(data, places[validation], None, None, 0)
+    held_out = held_out_clips(inputs, open_source(data, config, 0, "data"), config)
+    assert held_out.seen == seen
+    assert (held_out.config.data.split is Split.TEST) == (names[0] == "train/a.mp4")
+
+
+def test_shown_clips_are_as_long_as_the_videos_allow(tmp_path: Path) -> None:
+    config = load_preset("tiny").config
+    lengths = []
+    for frames in (13, 20, 40):
+        save(tmp_path / str(frames) / "clip.mp4", clip(frames))
+        inputs = Inputs(tmp_path / str(frames), None, None, None, 0)
+        held_out = held_out_clips(inputs, open_source(tmp_path / str(frames), config, 0, "data"), config)
+        lengths += [len(shown.frames) for shown in held_out.clips(1, 25)]
+    assert lengths == [13, 19, 25]
+
+
+def test_the_truth_is_above_the_model_for_as_long_as_it_lasts(tmp_path: Path) -> None:
+    validate = validator(tmp_path, "training.validation_clips=1", "training.prefix_lengths=[0, 9]")
+    report = validate(validate.model.state_dict(), 1)
+    sheet = cv2.imread(str(report.sheet))
+    assert sheet is not None
+    source = validate.data.source
+    true = (source.clip(0, 13).frames[0, 0].numpy() + 1) * 127.5
+    assert np.abs(sheet[44:108:2, 76:140:2, 0] - true).max() < 1  # the first picture of the first row, twice as large
+    assert (sheet[44:108, 960:1024] == EMPTY).all()  # frame 28 of a clip of 13
+    assert report.gain is not None and report.gain == report.continuation["psnr"] - report.repeat_last_frame["psnr"]
+    assert report.decoder_share is not None and 0 < report.decoder_share <= 1
 
 
 def test_training_validates_as_often_as_requested_and_logs_it(tmp_path: Path) -> None:
