@@ -162,7 +162,7 @@ HUGE = ["--preset", "tiny", "--set", "model.depth=1000", "--set", "model.hidden_
 def test_what_the_machine_cannot_hold_is_refused(command: str, refused: Refused) -> None:
     began = time.process_time()
     line = refused(2, command, *HUGE)
-    assert "memory: about " in line and "iB are needed on cpu (weights" in line
+    assert "memory: about " in line and "TiB are needed on cpu (weights" in line
     assert "are available; choose a smaller" in line
     assert line.endswith("or try it all the same with --force") == (command != "plan")
     assert time.process_time() - began < 10
