@@ -112,13 +112,24 @@ def decode_bytes(config: AutoencoderConfig, model: ModelConfig, channels: int, f
     return 4 * frames * (6 * features + 2 * pixels)
 
 
-def autoencoder_count(config: AutoencoderConfig, model: ModelConfig, channels: int) -> int:
-    """About how many numbers the state dict of a small autoencoder has; 0 for other autoencoders."""
+def autoencoder_bytes(config: AutoencoderConfig, model: ModelConfig, channels: int) -> int:
+    """Bytes of a small autoencoder's state dict in float32; 0 for other autoencoders."""
     if config.kind not in TRAINED_KINDS:
         return 0
-    width, pixels = config.base_channels, channels * (config.downsample // 2) ** 2
-    blocks = 5 * 2 * 9 * (width**2 + 4 * width**2)  # residual blocks at both resolutions
-    return blocks + 12 * width**2 + 18 * width * (pixels + 2 * model.in_channels) + 8 * width**2
+    latent, width, wide = model.in_channels, config.base_channels, 2 * config.base_channels
+    pixels = channels * (config.downsample // 2) ** 2
+
+    def conv(inputs: int, outputs: int) -> int:
+        return 9 * inputs * outputs + outputs
+
+    def residual(size: int) -> int:
+        return size + 2 * conv(size, size)
+
+    decoder = conv(latent, wide) + 3 * residual(wide) + 4 * width * (wide + 1)
+    decoder += 3 * residual(width) + width + conv(width, pixels)
+    encoder = conv(pixels, width) + 2 * residual(width) + wide * (4 * width + 1)
+    encoder += 2 * residual(wide) + wide + conv(wide, latent)
+    return 4 * (decoder + (encoder if config.kind == "conv" else 0) + 2 * latent) + 8  # 8: a count of batches
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,7 @@ def generation_needs(
     decoded = decode_bytes(preset.autoencoder, config, channels, videos * length)
     return MemoryNeeds(
         weights=count * itemsize,
-        autoencoder=4 * autoencoder_count(preset.autoencoder, config, channels),
+        autoencoder=autoencoder_bytes(preset.autoencoder, config, channels),
         cache=videos * caches * cache_bytes(config, window, itemsize, slid=slid),
         step=forward(window + length if recomputed else length),
         write=forward(length),

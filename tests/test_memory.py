@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ca2vdm_cli import memory, runtime
-from ca2vdm_cli.config import ModelConfig
+from ca2vdm_cli.autoencoder import load_autoencoder
+from ca2vdm_cli.config import AutoencoderConfig, ModelConfig, VideoConfig
 from ca2vdm_cli.generate.context import CachedContext, make_context
 from ca2vdm_cli.generate.loop import stored_caption
-from ca2vdm_cli.memory import forward_bytes, generation_needs, parameter_count, training_needs
+from ca2vdm_cli.memory import autoencoder_bytes, forward_bytes, generation_needs, parameter_count, training_needs
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.plugins import backends
@@ -103,6 +104,14 @@ def test_parameters_are_counted_exactly(make_config: Callable[..., ModelConfig],
     assert parameter_count(config) == sum(tensor.numel() for tensor in model.state_dict().values())
 
 
+@pytest.mark.parametrize("kind", ["conv", "lowpass"])
+def test_bytes_of_autoencoders_are_exact(kind: str, make_config: Callable[..., ModelConfig]) -> None:
+    config, video = AutoencoderConfig(kind=kind, downsample=4, base_channels=8), VideoConfig(height=16, width=16)
+    model = make_config(in_channels=3)
+    autoencoder = load_autoencoder(config, video, 3)
+    assert autoencoder_bytes(config, model, 3) == sum(t.nbytes for t in autoencoder.state_dict().values())
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("eager", torch.float32), ("sdpa", torch.float32), ("sdpa", torch.bfloat16)], ids=str
 )
@@ -153,7 +162,7 @@ HUGE = ["--preset", "tiny", "--set", "model.depth=1000", "--set", "model.hidden_
 def test_what_the_machine_cannot_hold_is_refused(command: str, refused: Refused) -> None:
     began = time.process_time()
     line = refused(2, command, *HUGE)
-    assert "memory: about " in line and "iB are needed on cpu (weights" in line
+    assert "memory: about " in line and "TiB are needed on cpu (weights" in line
     assert "are available; choose a smaller" in line
     assert line.endswith("or try it all the same with --force") == (command != "plan")
     assert time.process_time() - began < 10

@@ -26,7 +26,7 @@ from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.loop import stored_caption
 from ca2vdm_cli.generate.samplers import Sampler, sampler_for
 from ca2vdm_cli.loading import build_model, randomize
-from ca2vdm_cli.memory import check_generation, generation_needs
+from ca2vdm_cli.memory import MemoryNeeds, check_generation, generation_needs
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
@@ -86,7 +86,7 @@ def estimate(workload: Workload) -> dict[str, Any]:
     available = available_memory(workload.device)
     needed = memory.peak if workload.device.type == "cpu" else memory.running
     fits = available is None or needed <= available
-    _check_probe(workload, window)
+    _check_probe(workload, window, memory)
     autoencoder = _load_autoencoder(workload)
     times = _measure(workload, autoencoder)
     process = 0 if workload.device.type == "cuda" else resident_memory()
@@ -141,13 +141,14 @@ def estimate(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _check_probe(workload: Workload, window: int) -> None:
-    """Refuse to measure a machine that cannot even hold one block."""
-    preset = workload.preset.config
+def _check_probe(workload: Workload, window: int, whole: MemoryNeeds) -> None:
+    """Refuse to measure a machine that cannot even hold one block, with what the whole model needs."""
+    preset, available = workload.preset.config, available_memory(workload.device)
     one = replace(preset, model=replace(preset.model, depth=1))
     scores = workload.backend.writes_scores
     needs = generation_needs(one, workload.dtype, workload.device, scores=scores, context_frames=window)
-    check_generation(needs, workload.device, force=None)
+    if available is not None and needs.peak > available:
+        check_generation(whole, workload.device, force=None)
 
 
 def _left_out(workload: Workload) -> list[str]:

@@ -96,10 +96,10 @@ def _recorded(path: Path, *, backend: str, device: str, dtype: str, as_json: boo
     chosen = choose_backend(backend, torch_device, torch_dtype)
     with status("verifying"):
         comparisons = list(recording.compare(recording.model(chosen, torch_device, torch_dtype, force=force)))
-    if recording.unread:
-        note(f"ignored, because this model does not read them: {', '.join(recording.unread)}")
     if not comparisons:
         raise UsageError(f"{path}: has no expected.* tensors, so there is nothing to check")
+    if recording.unread:
+        note(f"ignored, because this model does not read them: {', '.join(recording.unread)}")
     checks = [_Check(c.name, None, c.difference, RUN_TOLERANCE[torch_dtype], c.per_chunk) for c in comparisons]
     return _finish(str(path), chosen.name, torch_device, torch_dtype, checks, as_json=as_json)
 

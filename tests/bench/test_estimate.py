@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ca2vdm_cli import memory
 from ca2vdm_cli.__main__ import main
 from ca2vdm_cli.bench import estimate
 from ca2vdm_cli.model.frame_plan import rope_angles
@@ -59,7 +60,7 @@ def test_memory_is_close_to_what_the_benchmark_measures(
     amounts."""
     request = ["--preset", "bench-small", "--set", "model.depth=4", "--set", "model.hidden_size=192"]
     request += ["--frames", "16", "--steps", "1"]
-    monkeypatch.setattr(estimate, "HEAP", 1.0)
+    monkeypatch.setattr(memory, "HEAP", 1.0)
     estimated = report("plan", *request)
     command = [sys.executable, "-m", "ca2vdm_cli", "bench", "--compare", "cached", *RUN, *request, "--json"]
     process = subprocess.run(
