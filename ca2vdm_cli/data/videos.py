@@ -20,12 +20,12 @@ from pathlib import Path
 import av
 import numpy as np
 from av.container import InputContainer
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.video_io import (
     MAX_PIXELS,
+    Converter,
     Frame,
     Size,
     decoder,
@@ -38,7 +38,6 @@ from ca2vdm_cli.video_io import (
     open_stream,
     read_errors,
     read_image,
-    to_rgb,
 )
 
 from .records import parse_example
@@ -222,7 +221,7 @@ def _seek(path: Path, times: Sequence[int | None]) -> list[Frame] | None:
     """The frames with these timestamps, decoded from the key frame before the first; None if one is missing or
     damaged."""
     frames: dict[int | None, Frame] = {}
-    scaler = VideoReformatter()
+    to_frame = Converter()
     first, last = times[0], times[-1]
     assert first is not None and last is not None
     with _open(path) as (container, stream), suppress(av.FFmpegError):
@@ -237,7 +236,7 @@ def _seek(path: Path, times: Sequence[int | None]) -> list[Frame] | None:
             if picture.is_corrupt and key is not None and picture.pts >= key:
                 return None
             if picture.pts in times:
-                frames[picture.pts] = to_rgb(picture, scaler)
+                frames[picture.pts] = to_frame(picture)
     return [frames[time] for time in times] if frames.keys() >= set(times) else None
 
 

@@ -2,7 +2,7 @@
 
 from ca2vdm_cli.options import Aspect
 
-from .ffmpeg import decoder, frame_count, frame_rate, indexed_times, look_ahead, open_stream, to_rgb
+from .ffmpeg import Converter, decoder, frame_count, frame_rate, indexed_times, look_ahead, open_stream
 from .formats import OutputFormat
 from .frames import (
     MAX_PIXELS,
@@ -23,6 +23,7 @@ __all__ = [
     "MAX_PIXELS",
     "READABLE_IMAGE_SUFFIXES",
     "Aspect",
+    "Converter",
     "Frame",
     "Geometry",
     "OutputFormat",
@@ -43,6 +44,5 @@ __all__ = [
     "read_errors",
     "read_image",
     "to_channels",
-    "to_rgb",
     "write_image",
 ]

@@ -96,7 +96,7 @@ def decode(
     name: str, packets: Iterable[Packet[VideoStream] | None], stream: VideoStream, damage: Damage
 ) -> Iterator[Frame]:
     """The frames in some packets, the last of which is None. Each frame is returned once; damage is counted."""
-    scaler, to_pictures, count = VideoReformatter(), decoder(stream), 0
+    to_frame, to_pictures, count = Converter(), decoder(stream), 0
     with read_errors(name, ADVICE):
         for packet in packets:
             incomplete = packet is not None and packet.is_corrupt and packet.size > 0
@@ -106,7 +106,7 @@ def decode(
                     if picture.is_corrupt:
                         damage.corrupt += 1
                         damage.at(count)
-                    yield to_rgb(picture, scaler)
+                    yield to_frame(picture)
                     count += 1
             except av.FFmpegError:  # a damaged packet, or a decoder that is empty already
                 failed = packet is not None
@@ -116,13 +116,25 @@ def decode(
                 damage.at(count)
 
 
-def to_rgb(picture: VideoFrame, scaler: VideoReformatter) -> Frame:
-    """A decoded picture as an upright, opaque frame. Share one scaler per video: creating it takes longer than using
-    it."""
-    transparent = _has_alpha(picture.format.name)
-    target = "rgba" if transparent else "rgb24"
-    array: Any = scaler.reformat(picture, format=target, interpolation=EXACT_COLOURS).to_ndarray()
-    return upright(composite(array) if transparent else array, _orientation(picture))
+class Converter:
+    """Turns the pictures of one video into upright, opaque frames.
+
+    Creating its scaler takes longer than using it. Looking at a picture's side data makes a reference cycle, which
+    keeps the picture in memory, so it is done only for the first picture and when the rotation changes.
+    """
+
+    def __init__(self) -> None:
+        self._scaler = VideoReformatter()
+        self._rotation: int | None = None
+        self._orientation = 1
+
+    def __call__(self, picture: VideoFrame) -> Frame:
+        if picture.rotation != self._rotation:
+            self._rotation, self._orientation = picture.rotation, _orientation(picture)
+        transparent = _has_alpha(picture.format.name)
+        target = "rgba" if transparent else "rgb24"
+        array: Any = self._scaler.reformat(picture, format=target, interpolation=EXACT_COLOURS).to_ndarray()
+        return upright(composite(array) if transparent else array, self._orientation)
 
 
 @lru_cache
