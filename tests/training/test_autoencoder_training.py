@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,16 +200,20 @@ def test_resuming_with_a_damaged_autoencoder_is_refused(refused: Refused) -> Non
 
 @pytest.mark.slow
 def test_a_run_killed_while_its_autoencoder_is_trained(tmp_path: Path) -> None:
-    settings = ["--set", "training.autoencoder_steps=16", "--set", "training.checkpoint_every=2"]
+    settings = ["--set", "training.autoencoder_steps=16", "--set", "training.checkpoint_every=3"]
     assert ca2vdm(*TRAIN, *settings, "--out", tmp_path / "whole", "-q") == 0
-    command = [sys.executable, "-m", "ca2vdm_cli", *map(str, [*TRAIN, *settings, "--out", tmp_path / "run"]), "-q"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    folder = tmp_path / "run" / "checkpoints" / "autoencoder"
-    while process.poll() is None and not list(folder.glob("step-*")):
-        time.sleep(0.01)
-    assert process.poll() is None, "it ended before it was killed"
-    process.kill()
-    process.wait()
+    command = [str(argument) for argument in (*TRAIN, *settings, "--out", tmp_path / "run", "-q")]
+    code = (
+        "import os, signal\n"
+        "from ca2vdm_cli.__main__ import main\n"
+        "from ca2vdm_cli.training.autoencoder import AutoencoderTrainer as Trainer\n"
+        "step = Trainer.train_step\n"
+        "Trainer.train_step = lambda t: os.kill(os.getpid(), signal.SIGKILL) if t.step == 14 else step(t)\n"
+        f"main({command})\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    newest, problems = checkpoints(tmp_path / "run" / "checkpoints" / "autoencoder").newest()
+    assert newest is not None and (newest.step, problems) == (12, [])
     assert ca2vdm("train", "--resume", *RUN, "--out", tmp_path / "run", "-q") == 0
     for name in (AUTOENCODER_FILE, WEIGHTS_FILE):
         assert_same_file(tmp_path / "run" / name, tmp_path / "whole" / name)
