@@ -17,13 +17,14 @@ FOLDERS = {"ca2vdm_cli": "ca2vdm_cli", "ca2vdm_backends": "backends", "ca2vdm_pr
 
 BASE = {"errors", "config"}
 METHOD = BASE | {"model", "plugins"}
-GENERATE = METHOD | {"generate", "runtime"}
+GENERATE = METHOD | {"checkpoint", "files", "generate", "runtime"}
 VIDEO = BASE | {"interrupts", "options", "video_io", "video_codec", "data", "checkpoint", "plugins"}
 PIPELINE = GENERATE | VIDEO | {"presets", "loading", "autoencoder", "text_encoder", "pipeline"}
 
 # What each package (or top-level module) may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "files": {"errors"},
     "lazy": set(),
     "options": set(),
     "hookspecs": set(),
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"errors"},
     "terminal": {"errors"},
     "text_encoder": BASE,
-    "generate": METHOD | {"runtime"},
+    "generate": GENERATE,
     "video_io": {"errors", "interrupts", "options"},
     "video_metrics": {"plugins", "video_io"},
     "data": VIDEO,
