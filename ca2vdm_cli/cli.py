@@ -118,6 +118,14 @@ FpsOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object with all results on standard output.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
+RunOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keep each finished chunk in this folder, so that `ca2vdm resume DIR` can go on."),
+]
+ManifestOption = Annotated[
+    bool,
+    typer.Option("--manifest", help="Write OUTPUT.json: how it was made, for `ca2vdm reproduce`."),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
@@ -162,12 +170,15 @@ def sample(
     json: JsonOption = False,
     quiet: QuietOption = False,
     overwrite: OverwriteOption = False,
+    run: RunOption = None,
+    manifest: ManifestOption = False,
 ) -> None:
     """Generate a video of any length.
 
     It starts from scratch, or from a given first frame.
     """
-    from .commands.generate import OutputOptions, run_sample
+    from .commands.generate import run_sample
+    from .commands.outputs import OutputOptions
 
     run_sample(
         load={
@@ -187,7 +198,16 @@ def sample(
             "prompt": prompt,
             "guidance": guidance,
         },
-        output=OutputOptions(path=output, format=format, fps=fps, overwrite=overwrite, as_json=json, quiet=quiet),
+        output=OutputOptions(
+            path=output,
+            format=format,
+            fps=fps,
+            overwrite=overwrite,
+            as_json=json,
+            quiet=quiet,
+            run=run,
+            manifest=manifest,
+        ),
         frames=frames,
         num_videos=num_videos,
         first_frame=first_frame,
@@ -228,12 +248,15 @@ def extend(
     json: JsonOption = False,
     quiet: QuietOption = False,
     overwrite: OverwriteOption = False,
+    run: RunOption = None,
+    manifest: ManifestOption = False,
 ) -> None:
     """Continue a video.
 
     Its last frames fill the cache, and new frames follow. Audio is dropped.
     """
-    from .commands.generate import OutputOptions, run_extend
+    from .commands.generate import run_extend
+    from .commands.outputs import OutputOptions
 
     run_extend(
         load={
@@ -253,13 +276,73 @@ def extend(
             "prompt": prompt,
             "guidance": guidance,
         },
-        output=OutputOptions(path=output, format=format, fps=fps, overwrite=overwrite, as_json=json, quiet=quiet),
+        output=OutputOptions(
+            path=output,
+            format=format,
+            fps=fps,
+            overwrite=overwrite,
+            as_json=json,
+            quiet=quiet,
+            run=run,
+            manifest=manifest,
+        ),
         frames=frames,
         num_videos=num_videos,
         source=input,
         only_new=only_new,
         aspect=aspect,
         size=size,
+    )
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that was given with --run.")],
+    from_frame: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Make another take that differs from frame N of the output on."),
+    ] = None,
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the new take.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the new take. Default: the same.")
+    ] = None,
+    prompt: PromptOption = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale of the new take.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Another length. Default: the run's.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Another attention backend. Default: the run's.")] = None,
+    device: Annotated[str | None, typer.Option(help="Another device. Default: the run's.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="PATH|-", help="Another output. Default: the run's.")
+    ] = None,
+    format: FormatOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    overwrite: OverwriteOption = False,
+    manifest: ManifestOption = False,
+) -> None:
+    """Continue a run of `sample` or `extend`, or make another take of it.
+
+    Finished chunks are decoded again but not generated again, and the video is the same as without the interruption.
+    """
+    from .commands.outputs import OutputOptions
+    from .commands.resume import TakeOptions
+    from .commands.resume import run as resume_run
+
+    resume_run(
+        folder,
+        output=OutputOptions(
+            path=output,
+            format=format,
+            fps=None,
+            overwrite=overwrite,
+            as_json=json,
+            quiet=quiet,
+            run=run,
+            manifest=manifest,
+        ),
+        take=TakeOptions(from_frame=from_frame, frames=frames, seed=seed, prompt=prompt, guidance=guidance),
+        backend=backend,
+        device=device,
     )
 
 

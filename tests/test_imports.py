@@ -46,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "video_codec": {"autoencoder"},
     "loading": METHOD | {"checkpoint", "presets"},
     "pipeline": PIPELINE,
+    "runs": PIPELINE | {"__init__"},
     "processes": BASE | {"runtime"},
     "training": PIPELINE | {"interrupts", "processes", "video_metrics"},
     "bench": PIPELINE | {"__init__"},
@@ -53,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         *("autoencoder", "config", "data", "errors", "generate", "hookspecs", "model", "pipeline", "plugins"),
         *("presets", "training", "video_metrics"),
     },  # imported when they are used
-    "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "terminal", "training"},
+    "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "runs", "terminal", "training"},
     "cli": {"__init__", "commands", "errors", "options", "plugins", "presets"},
     "__main__": {"cli", "errors", "plugins", "terminal"},
 }

@@ -156,8 +156,8 @@ def generate(
         caption: needed by models with text. If it is guided, the context must have room for 2B videos.
         on_step: called with (chunk index, steps done).
         first: index of the first chunk to generate; earlier ones are finished.
-        finished: what the context still lacks, oldest first: ``LatentChunk.appended`` of finished chunks, and before them
-            the given frames as the context gets them; ``given`` is then None.
+        finished: what the context still lacks, oldest first: the given frames as the context gets them (``given`` is
+            then None), and ``LatentChunk.appended`` of finished chunks.
 
     Raises:
         UsageError: guidance for a model without text, or a video longer than the model's absolute positions.
