@@ -57,7 +57,7 @@ def run_sample(
     given = None if first_frame is None else _first_frame(first_frame, video)
     with ExitStack() as stack:
         targets = output.targets(num_videos, "sample", stack)
-        request = _request("sample", pipeline, options, output, frames, num_videos, targets, video.fps)
+        request = _request("sample", pipeline, options, output, frames, num_videos, targets, stack, video.fps)
         if not request.videos:  # all are other processes' share
             return
         request = replace(request, first_frame=given is not None)
@@ -98,7 +98,7 @@ def run_extend(
         name = "extended" if source == "-" else f"{Path(source).stem}-extended"
         targets = output.targets(num_videos, name, stack)
         fps = reader.fps or video.fps
-        request = _request("extend", pipeline, options, output, frames, num_videos, targets, fps)
+        request = _request("extend", pipeline, options, output, frames, num_videos, targets, stack, fps)
         if not request.videos:  # all are other processes' share
             return
         pipeline.extend(blank, request.frames, **RunOptions(**request.options))  # type: ignore[typeddict-item]
@@ -126,11 +126,14 @@ def _request(
     frames: int | None,
     num_videos: int,
     targets: list[str],
+    reservations: ExitStack,
     fps: float | Fraction,
 ) -> Request:
     """This process's share of what was asked for, with the preset's values where the flags give none."""
     sampling = pipeline.config.sampling
     videos = share_of(num_videos)
+    if output.path is not None and videos:
+        output.reserve(targets[videos[0]], reservations)
     resolved: RunOptions = {
         **options,
         "steps": options.get("steps") or sampling.steps,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ca2vdm_cli import STARTED
-from ca2vdm_cli.errors import UserError
+from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.interrupts import held_interrupts, released_interrupts
 from ca2vdm_cli.pipeline import Pipeline, RunOptions, VideoChunk
 from ca2vdm_cli.processes import launched
@@ -97,7 +97,7 @@ class Generation:
                 with suppress(UserError, OSError):
                     stack.close()
                 self._end_session()
-                if isinstance(error, UserError) and self._how_to_resume():
+                if isinstance(error, UserError) and not isinstance(error, UsageError) and self._how_to_resume():
                     raise UserError(f"{error}{self._how_to_resume()}", error.exit_code) from error
                 raise
         self._end_session(finished=True)

@@ -71,7 +71,7 @@ def run(
                 raise UsageError(
                     f"{target}: changed since this run wrote it; name another output with -o, or use --overwrite"
                 )
-        if output.path is not None:
+        if os.path.isabs(record.request.outputs[0]):
             output.reserve(targets[0], stack)
         with status("loading", quiet=output.quiet):
             pipeline = record.provenance.load(backend=backend, device=device)

@@ -136,13 +136,13 @@ class RunFolder:
 
     @contextmanager
     def locked(self, *, create: bool = False) -> Iterator[None]:
-        """Lock the run. A new one that ends without any finished chunk is removed.
+        """Lock the run. A new one is removed if the request turns out to be invalid, or no chunk is finished.
 
         Raises:
             UsageError: another process writes it.
             UserError: the folder can't be written.
         """
-        made = create and not self.path.exists()
+        made, invalid = create and not self.path.exists(), False
         with as_user_error(f"{self.path}: cannot be written", ADVICE):
             if create:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -154,8 +154,11 @@ class RunFolder:
                 self.check_new()
                 self._remove_own()
             yield
+        except UsageError:
+            invalid = True
+            raise
         finally:
-            if create and not any(self.path.glob("batch-*/chunk-*")):
+            if create and (invalid or not any(self.path.glob("batch-*/chunk-*"))):
                 self._remove_own()
                 with suppress(OSError):
                     (self.path / RUN_FILE).unlink(missing_ok=True)
