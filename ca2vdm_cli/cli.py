@@ -347,6 +347,44 @@ def resume(
 
 
 @app.command()
+def runs(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders, or folders with runs inside.")],
+    json: JsonOption = False,
+) -> None:
+    """List runs of `sample` and `extend` as a tree of takes.
+
+    Shows how far each is, whether it is running, and what it takes on disk.
+    """
+    from .commands.runs import run as list_runs
+
+    list_runs(folders, as_json=json)
+
+
+@app.command()
+def reproduce(
+    manifest: Annotated[Path, typer.Argument(metavar="FILE.json", help="What --manifest wrote beside a video.")],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="PATH", help="Write the video too. Default: only compare.")
+    ] = None,
+    format: FormatOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Make a video again from its manifest, and compare the frames.
+
+    The exit code is 1 if they differ.
+    """
+    from .commands.outputs import OutputOptions
+    from .commands.reproduce import run as reproduce_run
+
+    options = OutputOptions(
+        path=output, format=format, fps=None, overwrite=overwrite, as_json=json, quiet=quiet, manifest=False
+    )
+    raise typer.Exit(reproduce_run(manifest, output=options))
+
+
+@app.command()
 def train(
     preset: PresetOption = None,
     data: Annotated[

@@ -54,13 +54,16 @@ def run_sample(
     """``ca2vdm sample``."""
     folder = _new_folder(output.run)
     pipeline, video = _load(load, quiet=output.quiet)
-    given = None if first_frame is None else _first_frame(first_frame, video)
+    given = None if first_frame is None else first_frame_of(first_frame, video)
     with ExitStack() as stack:
         targets = output.targets(num_videos, "sample", stack)
         request = _request("sample", pipeline, options, output, frames, num_videos, targets, stack, video.fps)
         if not request.videos:  # all are other processes' share
             return
-        request = replace(request, first_frame=given is not None)
+        if first_frame is not None:
+            path, from_file = os.path.abspath(first_frame), first_frame != "-"
+            digest = file_sha256(Path(path)) if from_file and (folder is not None or output.manifest) else None
+            request = replace(request, first_frame=True, first_frame_source=path, first_frame_sha256=digest)
         run = Generation(pipeline, request, output, folder)
         sample = partial(pipeline.sample, request.frames, first_frame=given)
         sample(**run.options)  # rejects an invalid request before anything is written
@@ -102,12 +105,18 @@ def run_extend(
         if not request.videos:  # all are other processes' share
             return
         pipeline.extend(blank, request.frames, **RunOptions(**request.options))  # type: ignore[typeddict-item]
-        if folder is not None:
+        if folder is not None or output.manifest:
             if any(target != "-" and _same_file(target, path) for target in targets):
-                raise UsageError(f"-o: {source} is the input, which a resumable run needs later; name another output")
+                raise UsageError(f"-o: {source} is the input, which is needed later; name another output")
             input_video = InputVideo(
-                *(source, folder.place(path), file_sha256(Path(path)), reader.height, reader.width),
-                *(only_new, aspect.value, size),
+                source=source,
+                path=folder.place(path) if folder else os.path.abspath(path),
+                sha256="" if path == "-" else file_sha256(Path(path)),
+                height=reader.height,
+                width=reader.width,
+                only_new=only_new,
+                aspect=aspect.value,
+                size=size,
             )
             request = replace(request, input=input_video)
         run = Generation(pipeline, request, output, folder)
@@ -184,7 +193,8 @@ def _load(load: LoadOptions, *, quiet: bool) -> tuple[Pipeline, VideoConfig]:
     return pipeline, pipeline.config.video
 
 
-def _first_frame(source: str, video: VideoConfig) -> Frame:
+def first_frame_of(source: str, video: VideoConfig) -> Frame:
+    """The image, or the video's first frame, at the model's size."""
     with open_reader(source) as reader:
         geometry = Geometry((reader.height, reader.width), (video.height, video.width), Aspect.STRETCH)
         return to_channels(geometry.to_model(next(reader)), video.channels)

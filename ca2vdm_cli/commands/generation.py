@@ -22,6 +22,7 @@ from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.interrupts import held_interrupts, released_interrupts
 from ca2vdm_cli.pipeline import Pipeline, RunOptions, VideoChunk
 from ca2vdm_cli.processes import launched
+from ca2vdm_cli.runs.manifest import Manifest, manifest_path, output_sha256, write_manifest
 from ca2vdm_cli.runs.provenance import Provenance
 from ca2vdm_cli.runs.record import Request, RunFolder, RunRecord
 from ca2vdm_cli.runtime import dtype_name, peak_memory
@@ -81,6 +82,7 @@ class Generation:
         """Open the output of each video. After an interrupt or an error, what is finished stays playable."""
         with ExitStack() as stack:
             for target in self.request.outputs:
+                self._check_manifest(target)
                 writer = self.open_writer(target)
                 self.writers.append(stack.enter_context(writer))
             try:
@@ -101,12 +103,21 @@ class Generation:
                     raise UserError(f"{error}{self._how_to_resume()}", error.exit_code) from error
                 raise
         self._end_session(finished=True)
+        if self.output.manifest and self.request.outputs != [""]:
+            self._write_manifests()
 
     def open_writer(self, target: str) -> VideoWriter:
-        """Prepare to write one output."""
+        """Prepare to write one output; an empty name discards the frames."""
+        if not target:
+            return _Discarded()  # type: ignore[return-value]
         return open_writer(
             target, format=self.request.format, fps=_rate(self.request.fps), overwrite=self.output.overwrite
         )
+
+    def _check_manifest(self, target: str) -> None:
+        path = manifest_path(target)
+        if self.output.manifest and target and not self.output.overwrite and path.exists():
+            raise UsageError(f"{path}: exists already; choose another output, or replace it with --overwrite")
 
     def begin(self, given: np.ndarray | None) -> None:
         """Write what a resumed run needs to the run folder.
@@ -122,7 +133,7 @@ class Generation:
         self.record = RunRecord(
             request=replace(self.request, outputs=outputs),
             provenance=Provenance.of(self.pipeline),
-            command_line=["ca2vdm", *sys.argv[1:]],
+            command_line=_command_line(),
             input_frames=self.input_frames,
             files=[None] * len(outputs),
         )
@@ -252,6 +263,26 @@ class Generation:
         with suppress(UserError) if not finished else nullcontext():
             self.folder.write(self.record)
 
+    def _write_manifests(self) -> None:
+        """Write how each video was made beside it."""
+        record = self.record
+        provenance = record.provenance if record else Provenance.of(self.pipeline)
+        source, input_video = self.request, self.request.input
+        if input_video is not None and self.folder is not None:
+            source = replace(source, input=replace(input_video, path=self.folder.located(input_video.path)))
+        for k, (output, digest) in enumerate(zip(source.outputs, self.digests, strict=True)):
+            manifest = Manifest(
+                request=replace(source, videos=[source.videos[k]], outputs=[os.path.abspath(output)]),
+                provenance=provenance,
+                command_line=record.command_line if record else _command_line(),
+                parent=record.parent if record else None,
+                frames=self.writers[k].frames,
+                frames_sha256=digest.hexdigest(),
+                file_sha256=output_sha256(output),
+                seconds={**self.seconds, "total": time.perf_counter() - STARTED},
+            )
+            write_manifest(output, manifest)
+
     def report(self) -> None:
         """Print what was generated and how long it took: as JSON, for people, or not at all."""
         request, targets = self.request, self.request.outputs
@@ -292,6 +323,26 @@ class Generation:
             print_json(report)
         else:
             print_run_report(report)
+
+
+class _Discarded:
+    """Takes the place of a writer, if the frames are only compared."""
+
+    name, is_pipe, frames = "", False, 0
+
+    def write(self, frame: Frame, *, copied: bool = False) -> None:
+        self.frames += 1
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> _Discarded:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _command_line() -> list[str]:
+    return ["ca2vdm", *sys.argv[1:]]
 
 
 def _rate(text: str) -> Any:

@@ -73,6 +73,9 @@ class Request:
     format: str | None
     first_frame: bool = False
     """sample: whether it begins with a given frame."""
+    first_frame_source: str | None = None
+    """sample: the image or video that this frame is from."""
+    first_frame_sha256: str | None = None
     input: InputVideo | None = None
 
 

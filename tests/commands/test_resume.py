@@ -190,7 +190,7 @@ def test_an_input_that_changed_is_refused(stopped: Callable[..., None], refused:
 def test_the_input_can_t_be_the_output(weights: Path, refused: Refused) -> None:
     save("given.npz", clip(11))
     request = ["extend", "given.npz", "--preset", weights, *GENERATE, "--run", "take", "--overwrite"]
-    assert "given.npz is the input, which a resumable run needs" in refused(2, *request, "-o", "given.npz")
+    assert "given.npz is the input, which is needed later" in refused(2, *request, "-o", "given.npz")
     assert not Path("take").exists()
 
 
@@ -320,7 +320,8 @@ def test_what_a_killed_start_left_is_no_obstacle(weights: Path) -> None:
 def test_default_names_are_reserved(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another command is started while the first one has not written its file yet."""
     request = ["sample", "--preset", weights, *GENERATE, "--frames", 3, "-q"]
-    write, started = VideoWriter.write, []
+    write = VideoWriter.write
+    started: list[bool] = []
 
     def start_another(writer: VideoWriter, frame: Frame) -> None:
         if not started:
@@ -337,7 +338,8 @@ def test_a_named_output_that_another_process_writes(
     weights: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = ["sample", "--preset", weights, *GENERATE, "--frames", 3, "-q", "-o", "out.npz"]
-    write, lines = VideoWriter.write, []
+    write = VideoWriter.write
+    lines: list[str] = []
 
     def start_another(writer: VideoWriter, frame: Frame) -> None:
         if not lines:
