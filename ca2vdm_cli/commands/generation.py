@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -345,14 +346,9 @@ def _command_line() -> list[str]:
     return ["ca2vdm", *sys.argv[1:]]
 
 
-def _rate(text: str) -> Any:
-    """Frames per second as a fraction or, such as for infinity, a float."""
-    from fractions import Fraction
-
-    try:
-        return Fraction(text)
-    except ValueError:
-        return float(text)
+def _rate(text: str) -> Fraction | float:
+    """Frames per second, as a reader or a flag gave them."""
+    return float(text) if "." in text or not text[0].isdigit() else Fraction(text)
 
 
 def file_facts(path: str) -> list[int] | None:
