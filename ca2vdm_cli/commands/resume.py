@@ -17,7 +17,7 @@ from ca2vdm_cli.generate.journal import share_chunks
 from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.processes import launched
 from ca2vdm_cli.runs.record import INPUT_FILE, InputVideo, Parent, RunFolder, RunRecord
-from ca2vdm_cli.terminal import note, status
+from ca2vdm_cli.terminal import note, print_json, status
 from ca2vdm_cli.video_io import Aspect, open_reader
 
 from .generate import frame_maps
@@ -63,7 +63,10 @@ def run(
             record = _with_output(folder, record, output, take.frames)
         targets = [folder.located(target) for target in record.request.outputs]
         if record.finished and all(map(_unchanged, targets, record.files)):
-            note(f"finished already: {', '.join(targets)}", quiet=output.quiet)
+            if output.as_json:
+                print_json({"run": str(folder.path), "output": targets[0] if len(targets) == 1 else targets})
+            else:
+                note(f"finished already: {', '.join(targets)}", quiet=output.quiet)
             return
         overwrite = output.overwrite or (take.from_frame is None and output.path is None)
         for target, facts in zip(targets, record.files, strict=True):

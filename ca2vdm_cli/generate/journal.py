@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from ca2vdm_cli.checkpoint import load_tensors
@@ -46,6 +46,8 @@ SNAPSHOT_SHARE = 0.02
 """Share of the time of generating that snapshots may take."""
 SNAPSHOT_SPEED = 200e6
 """Bytes per second at which the first snapshot is expected to be written."""
+SMALL = 2**24
+"""Bytes of tensors that are copied in memory before they are written."""
 _SNAPSHOT = re.compile(r"context-([0-9]{8,12})\.safetensors")
 
 
@@ -286,14 +288,21 @@ def share_chunks(source: Path, target: Path, count: int, *, snapshots: bool) -> 
 
 
 def _copy(source: Path, target: Path) -> None:
-    target.write_bytes(source.read_bytes())
+    _write_bytes(target, source.read_bytes())
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata["crc32"] = _checksum(content)
+    if sum(tensor.nbytes for tensor in content.values()) < SMALL:  # Python's own errors are the clearer ones
+        write_durably(path, lambda temporary: _write_bytes(temporary, save(content, metadata)))
+        return
     with as_user_error(f"{path}: cannot be written", ADVICE, (SafetensorError,)):
         write_durably(path, lambda temporary: save_file(content, temporary, metadata))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

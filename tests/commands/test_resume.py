@@ -201,11 +201,12 @@ def test_more_frames(make: Make, take: None, refused: Refused) -> None:
     assert max(apart(load("take.npz"), whole)) == 0
 
 
-def test_a_finished_run(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run(weights: Path, capsys: pytest.CaptureFixture[str], report: Report) -> None:
     assert ca2vdm("sample", "--preset", weights, *GENERATE, "--frames", 6, "-q", "--run", "take") == 0
     video = Path("take/sample.mp4").read_bytes()
     assert ca2vdm("resume", "take") == 0
     assert capsys.readouterr().err == "finished already: take/sample.mp4\n"
+    assert report("resume", "take") == {"run": "take", "output": "take/sample.mp4"}
     Path("take/sample.mp4").unlink()
     resume()
     assert Path("take/sample.mp4").read_bytes() == video
@@ -436,3 +437,31 @@ def test_the_record_says_what_was_asked_for(take: None) -> None:
     assert record["provenance"]["weights"]["path"].endswith("ema.safetensors")
     assert {"ca2vdm", "torch", "python"} <= record["provenance"]["versions"].keys()
     assert record["finished"] is False
+
+
+def test_processes_have_a_part_each(
+    make: Make, weights: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun starts them; one part after the other can be continued without it."""
+    request = ["sample", "--preset", weights, *GENERATE, "--frames", 6, "-q", "--num-videos", 3]
+    assert ca2vdm(*request, "-o", "whole.npz") == 0
+    for rank in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr("ca2vdm_cli.processes.launched", lambda rank=rank: (rank, 2))
+            for module in ("generate", "outputs", "generation", "resume"):
+                patch.setattr(f"ca2vdm_cli.commands.{module}.launched", lambda rank=rank: (rank, 2))
+            assert ca2vdm(*request, "-o", "out.npz", "--run", "take") == 0
+    line = refused(2, "resume", "take")
+    assert line == (
+        "error: take: 2 processes share this run; launch as many with torchrun, or continue one part after another, "
+        "beginning with take/process-0"
+    )
+    for path in Path("take").rglob("chunk-00000001*"):
+        path.unlink()
+    for rank in range(2):
+        for path in Path().glob("out-*.npz"):
+            path.unlink()
+        assert ca2vdm("resume", f"take/process-{rank}", "-q") == 0
+        for path in Path().glob("out-*.npz"):
+            assert path.read_bytes() == Path(path.name.replace("out", "whole")).read_bytes()
+        assert len(list(Path().glob("out-*.npz"))) == (2, 1)[rank]

@@ -212,7 +212,7 @@ def test_failing_at_each_step_of_writing(
 
         return wrapped
 
-    for owner, name in ((os, "fsync"), (os, "chmod"), (Path, "replace"), (module, "save_file")):
+    for owner, name in ((os, "fsync"), (os, "chmod"), (Path, "replace"), (module, "_write_bytes")):
         monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
     for operation in range(1, 200):
         left[0] = operation
