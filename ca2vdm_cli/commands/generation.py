@@ -134,7 +134,7 @@ class Generation:
         self.record = RunRecord(
             request=replace(self.request, outputs=outputs),
             provenance=Provenance.of(self.pipeline),
-            command_line=_command_line(),
+            command_line=self._command_line(),
             input_frames=self.input_frames,
             files=[None] * len(outputs),
         )
@@ -251,6 +251,10 @@ class Generation:
             return ""
         return f"; continue with: ca2vdm resume {shlex.quote(str(self.folder.path))}"
 
+    def _command_line(self) -> list[str]:
+        """The command that began the run."""
+        return self.record.command_line if self.record else ["ca2vdm", *sys.argv[1:]]
+
     def _end_session(self, *, finished: bool = False) -> None:
         """Record how far the run got."""
         if self.folder is None or self.record is None:
@@ -275,7 +279,7 @@ class Generation:
             manifest = Manifest(
                 request=replace(source, videos=[source.videos[k]], outputs=[os.path.abspath(output)]),
                 provenance=provenance,
-                command_line=record.command_line if record else _command_line(),
+                command_line=self._command_line(),
                 parent=record.parent if record else None,
                 frames=self.writers[k].frames,
                 frames_sha256=digest.hexdigest(),
@@ -340,10 +344,6 @@ class _Discarded:
         return self
 
     def __exit__(self, *_: object) -> None: ...
-
-
-def _command_line() -> list[str]:
-    return ["ca2vdm", *sys.argv[1:]]
 
 
 def _rate(text: str) -> Fraction | float:

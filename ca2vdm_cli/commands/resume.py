@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -172,7 +173,9 @@ def _branch(
     request = replace(
         request, options=options, frames=take.frames or request.frames, input=source, format=output.format
     )
-    child = RunRecord(request, record.provenance, record.command_line, parent=parent, input_frames=record.input_frames)
+    child = RunRecord(
+        request, record.provenance, ["ca2vdm", *sys.argv[1:]], parent=parent, input_frames=record.input_frames
+    )
     outputs = _outputs(new, child, output)
     child = replace(child, request=replace(request, outputs=outputs), files=[None] * len(outputs))
     new.write(child)

@@ -200,7 +200,7 @@ def test_failing_at_each_step_of_writing(
 ) -> None:
     """Each operation on the disk fails once, as on a full disk; the run then goes on from what it has."""
     setup = Setup(make_model(depth=1), perturbed=True, given=2)
-    setup.count = 3
+    setup.count = 2
     whole, left, failures = list(setup.chunks()), [0], 0
 
     def failing(function: Callable[..., Any]) -> Callable[..., Any]:
