@@ -92,7 +92,7 @@ class Generation:
                 stack.close()
                 self._end_session()
                 names = ", ".join(writer.name for writer in self.writers if writer.frames)
-                result = f"{self.new_frames} new frames are in {names}"
+                result = f"{self.new_frames} new frames are in {names}" if names else "nothing was compared"
                 message = f"interrupted: {result if self.new_frames else 'no new frame was generated'}"
                 note(message + self._how_to_resume(), quiet=self.quiet)
                 raise
