@@ -118,6 +118,14 @@ FpsOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object with all results on standard output.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
+RunOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keep each finished chunk in this folder, so that `ca2vdm resume DIR` can go on."),
+]
+ManifestOption = Annotated[
+    bool,
+    typer.Option("--manifest", help="Write OUTPUT.json: how it was made, for `ca2vdm reproduce`."),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Try it even if the estimate says that there is too little memory.")
@@ -166,12 +174,15 @@ def sample(
     quiet: QuietOption = False,
     overwrite: OverwriteOption = False,
     force: ForceOption = False,
+    run: RunOption = None,
+    manifest: ManifestOption = False,
 ) -> None:
     """Generate a video of any length.
 
     It starts from scratch, or from a given first frame.
     """
-    from .commands.generate import OutputOptions, run_sample
+    from .commands.generate import run_sample
+    from .commands.outputs import OutputOptions
 
     run_sample(
         load={
@@ -192,7 +203,16 @@ def sample(
             "prompt": prompt,
             "guidance": guidance,
         },
-        output=OutputOptions(path=output, format=format, fps=fps, overwrite=overwrite, as_json=json, quiet=quiet),
+        output=OutputOptions(
+            path=output,
+            format=format,
+            fps=fps,
+            overwrite=overwrite,
+            as_json=json,
+            quiet=quiet,
+            run=run,
+            manifest=manifest,
+        ),
         frames=frames,
         num_videos=num_videos,
         first_frame=first_frame,
@@ -234,12 +254,15 @@ def extend(
     quiet: QuietOption = False,
     overwrite: OverwriteOption = False,
     force: ForceOption = False,
+    run: RunOption = None,
+    manifest: ManifestOption = False,
 ) -> None:
     """Continue a video.
 
     Its last frames fill the cache, and new frames follow. Audio is dropped.
     """
-    from .commands.generate import OutputOptions, run_extend
+    from .commands.generate import run_extend
+    from .commands.outputs import OutputOptions
 
     run_extend(
         load={
@@ -260,7 +283,16 @@ def extend(
             "prompt": prompt,
             "guidance": guidance,
         },
-        output=OutputOptions(path=output, format=format, fps=fps, overwrite=overwrite, as_json=json, quiet=quiet),
+        output=OutputOptions(
+            path=output,
+            format=format,
+            fps=fps,
+            overwrite=overwrite,
+            as_json=json,
+            quiet=quiet,
+            run=run,
+            manifest=manifest,
+        ),
         frames=frames,
         num_videos=num_videos,
         source=input,
@@ -268,6 +300,95 @@ def extend(
         aspect=aspect,
         size=size,
     )
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that was given with --run.")],
+    from_frame: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Make another take that differs from frame N of the output on."),
+    ] = None,
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the new take.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the new take. Default: the same.")
+    ] = None,
+    prompt: PromptOption = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale of the new take.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Another length. Default: the run's.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Another attention backend. Default: the run's.")] = None,
+    device: Annotated[str | None, typer.Option(help="Another device. Default: the run's.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="PATH|-", help="Another output. Default: the run's.")
+    ] = None,
+    format: FormatOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    overwrite: OverwriteOption = False,
+    manifest: ManifestOption = False,
+) -> None:
+    """Continue a run of `sample` or `extend`, or make another take of it.
+
+    Finished chunks are decoded again but not generated again, and the video is the same as without the interruption.
+    """
+    from .commands.outputs import OutputOptions
+    from .commands.resume import TakeOptions
+    from .commands.resume import run as resume_run
+
+    resume_run(
+        folder,
+        output=OutputOptions(
+            path=output,
+            format=format,
+            fps=None,
+            overwrite=overwrite,
+            as_json=json,
+            quiet=quiet,
+            run=run,
+            manifest=manifest,
+        ),
+        take=TakeOptions(from_frame=from_frame, frames=frames, seed=seed, prompt=prompt, guidance=guidance),
+        backend=backend,
+        device=device,
+    )
+
+
+@app.command()
+def runs(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders, or folders with runs inside.")],
+    json: JsonOption = False,
+) -> None:
+    """List runs of `sample` and `extend` as a tree of takes.
+
+    Shows how far each is, whether it is running, and what it takes on disk.
+    """
+    from .commands.runs import run as list_runs
+
+    list_runs(folders, as_json=json)
+
+
+@app.command()
+def reproduce(
+    manifest: Annotated[Path, typer.Argument(metavar="FILE.json", help="What --manifest wrote beside a video.")],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="PATH", help="Write the video too. Default: only compare.")
+    ] = None,
+    format: FormatOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Make a video again from its manifest, and compare the frames.
+
+    The exit code is 1 if they differ.
+    """
+    from .commands.outputs import OutputOptions
+    from .commands.reproduce import run as reproduce_run
+
+    options = OutputOptions(
+        path=output, format=format, fps=None, overwrite=overwrite, as_json=json, quiet=quiet, manifest=False
+    )
+    raise typer.Exit(reproduce_run(manifest, output=options))
 
 
 @app.command()

@@ -50,8 +50,20 @@ def held_interrupts(on_first: Callable[[], object] | None = None) -> Iterator[Ca
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for caught in hold.held:
-        outer = before[signal.Signals(caught)]
+    for held in hold.held:
+        outer = before[signal.Signals(held)]
         if not isinstance(outer, _Hold):
             raise KeyboardInterrupt
-        outer(caught, None)
+        outer(held, None)
+
+
+@contextmanager
+def released_interrupts() -> Iterator[None]:
+    """Within ``held_interrupts``: let an interrupt stop this block at once, for calls that may block for long."""
+    active = [number for number in NUMBERS if isinstance(signal.getsignal(number), _Hold)]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in active}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

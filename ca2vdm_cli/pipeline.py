@@ -27,6 +27,7 @@ from .config import Preset
 from .errors import UsageError, UserError
 from .generate.context import Context, contexts, make_context
 from .generate.diffusion import NoiseProcess
+from .generate.journal import Journal, continued, run_facts
 from .generate.loop import Caption, LatentChunk, SeededNoise, generate, stored_caption
 from .generate.samplers import sampler_for
 from .loading import build_model, find_weights, randomize
@@ -66,6 +67,8 @@ class RunOptions(TypedDict, total=False):
     """Text embeddings, one row per video, instead of a prompt."""
     on_step: Callable[[int, int], None] | None
     """Called with (chunk index, steps done)."""
+    journal: Journal | str | Path | None
+    """A folder that keeps each finished chunk. The same call later reads them from there and generates the rest."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class VideoChunk:
     """Time to encode the given frames; 0 except in the first chunk."""
     context_bytes: int
     """Bytes kept from chunk to chunk: keys and values, or latents."""
+    from_journal: bool = False
+    """Whether it was read from the journal instead of generated."""
 
 
 class Pipeline:
@@ -147,6 +152,7 @@ class Pipeline:
                 f"preset {loaded.name}: it has no weights; train some (ca2vdm train --preset {loaded.name}), import "
                 "some (ca2vdm import) and give them with `checkpoint`, or choose a preset with weights (ca2vdm presets)"
             )
+        loaded = replace(loaded, weights_path=weights)
         torch_device = resolve_device(device)
         torch_dtype = resolve_dtype(dtype, torch_device)
         chosen = choose_backend(backend, torch_device, torch_dtype)
@@ -280,7 +286,16 @@ class Pipeline:
         run = partial(
             generate, context, self.process, sampler, noise, chunks, caption=caption, on_step=options.get("on_step")
         )
-        return self._stream(frames, len(videos), given, context, run)
+        journal = options.get("journal")
+        if journal is not None:
+            journal = journal if isinstance(journal, Journal) else Journal(journal)
+            if not context.repeatable:
+                raise UsageError(f"strategy: {strategy} cannot be resumed, so it takes no journal; use cached")
+            seed, prompt = options.get("seed", 0), options.get("prompt")
+            extra = {"videos": videos, "seed": seed, "strategy": strategy, "prompt": prompt}
+            journal.check(extra | run_facts(self.config, context, sampler, caption, given))
+            run = partial(continued, journal, context, self.process, noise, chunks, run)
+        return self._stream(frames, len(videos), given, context, run, journal)
 
     def _caption(self, options: RunOptions, videos: int) -> Caption | None:
         """The caption that the videos follow; None for a model without text."""
@@ -311,6 +326,7 @@ class Pipeline:
         given: Frames | None,
         context: Context,
         run: Callable[..., Iterator[LatentChunk]],
+        journal: Journal | None,
     ) -> Iterator[VideoChunk]:
         """Encode the given frames, then decode chunk after chunk until there are enough frames."""
         began = time.perf_counter()
@@ -319,6 +335,8 @@ class Pipeline:
         encode_seconds = time.perf_counter() - began
         for chunk in run(given=latents):
             check_finite(chunk.latents, chunk.first_frame, self.model.dtype)
+            if journal is not None and not chunk.from_journal:
+                journal.keep(chunk, context)
             decoding = time.perf_counter()
             pixels = self.decode(chunk.latents[:, :, :frames])
             frames -= pixels.shape[1]
@@ -330,6 +348,7 @@ class Pipeline:
                 time.perf_counter() - decoding,
                 encode_seconds,
                 context.nbytes,
+                chunk.from_journal,
             )
             encode_seconds = 0.0
 

@@ -25,7 +25,10 @@ AddPlugin = Callable[..., None]
 
 ROOT = Path(__file__).parents[1]
 """The root of the repository."""
-COMMANDS = ["sample", "extend", "train", "bench", "plan", "verify", "import", "backends", "plugins", "presets"]
+COMMANDS = [
+    *("sample", "extend", "resume", "runs", "reproduce", "train", "bench", "plan", "verify", "import"),
+    *("backends", "plugins", "presets"),
+]
 SUBCOMMANDS = ["presets show"]
 RUN = ["--device", "cpu", "--backend", "eager"]
 GENERATE = [*RUN, "--dtype", "float32", "--steps", 3]

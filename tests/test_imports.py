@@ -17,7 +17,7 @@ FOLDERS = {"ca2vdm_cli": "ca2vdm_cli", "ca2vdm_backends": "backends", "ca2vdm_pr
 
 BASE = {"errors", "config"}
 METHOD = BASE | {"model", "plugins"}
-GENERATE = METHOD | {"generate", "runtime"}
+GENERATE = METHOD | {"checkpoint", "files", "generate", "runtime"}
 VIDEO = BASE | {"interrupts", "options", "video_io", "video_codec", "data", "checkpoint", "plugins"}
 PIPELINE = GENERATE | VIDEO | {"memory", "presets", "loading", "autoencoder", "text_encoder", "pipeline"}
 
@@ -25,6 +25,7 @@ PIPELINE = GENERATE | VIDEO | {"memory", "presets", "loading", "autoencoder", "t
 ALLOWED: dict[str, set[str]] = {
     "atomic": set(),
     "errors": set(),
+    "files": {"errors"},
     "lazy": set(),
     "options": set(),
     "hookspecs": set(),
@@ -40,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "published": {"checkpoint", "errors"},
     "terminal": {"errors"},
     "text_encoder": BASE | {"checkpoint"},
-    "generate": METHOD | {"runtime"},
+    "generate": GENERATE,
     "video_io": {"atomic", "errors", "interrupts", "options"},
     "video_metrics": {"errors", "plugins", "video_io"},
     "data": VIDEO,
@@ -48,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "video_codec": {"autoencoder"},
     "loading": METHOD | {"checkpoint", "memory", "presets"},
     "pipeline": PIPELINE,
+    "runs": PIPELINE | {"__init__"},
     "processes": BASE | {"runtime"},
     "training": PIPELINE | {"atomic", "interrupts", "processes", "video_metrics"},
     "bench": PIPELINE | {"__init__"},
@@ -56,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         *("presets", "training", "video_metrics"),
     },  # imported when they are used
     "commands": PIPELINE
-    | {"__init__", "atomic", "bench", "interrupts", "processes", "published", "terminal", "training"},
+    | {"__init__", "atomic", "bench", "interrupts", "processes", "published", "runs", "terminal", "training"},
     "cli": {"__init__", "commands", "errors", "options", "plugins", "presets"},
     "__main__": {"cli", "errors", "plugins", "terminal"},
 }

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ca2vdm_cli.interrupts import NUMBERS, held_interrupts
+from ca2vdm_cli.interrupts import NUMBERS, held_interrupts, released_interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +83,50 @@ def test_threads_get_no_interrupts() -> None:
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_the_first_interrupt_is_announced_at_once() -> None:
+    seen = []
+
+    def work() -> None:
+        with held_interrupts(lambda: seen.append("announced")):
+            signal.raise_signal(signal.SIGTERM)
+            seen.append("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert seen == ["announced", "went on"]
+
+
+def test_an_inner_block_passes_an_interrupt_on() -> None:
+    """A frame is written whole, and then the chunk is finished."""
+    seen = []
+
+    def work() -> None:
+        with held_interrupts() as interrupted:
+            with held_interrupts():
+                signal.raise_signal(signal.SIGINT)
+                seen.append("frame")
+            seen.append("chunk")
+            assert interrupted()
+            with held_interrupts():
+                signal.raise_signal(signal.SIGINT)
+                seen.append("frame")
+            seen.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert seen == ["frame", "chunk", "frame"]
+
+
+def test_a_released_block_stops_at_once() -> None:
+    seen = []
+
+    def work() -> None:
+        with held_interrupts(lambda: seen.append("announced")), released_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            seen.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert seen == []

@@ -105,6 +105,7 @@ class PerStepCachedContext(Context):
     name = "per-step-cache"
     description = "keys and values from a separate cache for every step, as in Live2Diff (arXiv 2407.08701)"
     caches = True
+    repeatable = False  # denoising writes to it
 
     @classmethod
     def create(cls, model: CausalVideoTransformer, batch_size: int, options: ContextOptions) -> PerStepCachedContext:

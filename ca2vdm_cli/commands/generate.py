@@ -4,47 +4,31 @@ from __future__ import annotations
 
 import os
 import re
-import stat
+import shutil
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
-from ca2vdm_cli import STARTED
 from ca2vdm_cli.config import VideoConfig
-from ca2vdm_cli.errors import UsageError
-from ca2vdm_cli.interrupts import held_interrupts
-from ca2vdm_cli.pipeline import Pipeline, RunOptions, VideoChunk
+from ca2vdm_cli.errors import UsageError, as_user_error
+from ca2vdm_cli.files import ADVICE, file_sha256
+from ca2vdm_cli.pipeline import Pipeline, RunOptions
 from ca2vdm_cli.processes import launched, share_of
-from ca2vdm_cli.runtime import dtype_name, peak_memory
-from ca2vdm_cli.terminal import ProgressBar, note, print_json, print_run_report, status
-from ca2vdm_cli.video_io import (
-    Aspect,
-    Frame,
-    Geometry,
-    Size,
-    VideoReader,
-    VideoWriter,
-    open_reader,
-    open_writer,
-    to_channels,
-)
+from ca2vdm_cli.runs.record import INPUT_FILE, InputVideo, Request, RunFolder
+from ca2vdm_cli.terminal import status
+from ca2vdm_cli.video_io import Aspect, Frame, Geometry, Size, open_reader, to_channels
 
-FrameMap = Callable[[Frame], Frame]
-"""Turns a frame into one of another size."""
+from .generation import FrameMaps, Generation
+from .outputs import OutputOptions
+
 BATCH = 4
 """Videos that are generated together. It does not change what they look like."""
-TIMED_PARTS = ("input", "denoise", "cache_write", "decode", "encode", "output")
-"""Parts of a run that are timed in the report."""
 
 
 class LoadOptions(TypedDict):
@@ -59,46 +43,6 @@ class LoadOptions(TypedDict):
     force: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """The flags that determine where the videos go and what the command prints."""
-
-    path: str | None
-    format: str | None
-    fps: float | None
-    overwrite: bool
-    as_json: bool
-    quiet: bool
-
-    def targets(self, num_videos: int, default: str) -> list[str]:
-        """One output per video; several are numbered. Without ``-o`` it is the first unused name."""
-        path = self.path
-        if path == "-" and (num_videos > 1 or self.as_json):
-            other = "--num-videos" if num_videos > 1 else "--json"
-            raise UsageError(f"-o -: standard output holds one video and nothing else; leave out {other}")
-        if path == "-" and sys.stdout.isatty():
-            raise UsageError("-o -: standard output is a terminal; pipe it into a player, or name a file")
-        if path is None:
-            if launched()[1] > 1:
-                raise UsageError("-o: required when several processes share the videos, because each writes its own")
-            suffix = "/" if self.format == "png" else f".{self.format or 'mp4'}"
-            names = (f"{default}{'' if n == 0 else f'-{n}'}{suffix}" for n in count())
-            path = next(n for n in names if not any(Path(p).exists() for p in _numbered(n, num_videos, self.format)))
-        return _numbered(path, num_videos, self.format)
-
-
-def _numbered(path: str, num_videos: int, format: str | None) -> list[str]:
-    width = max(2, len(str(num_videos - 1)))
-    into_folder, images = path.endswith("/") or Path(path).is_dir(), format in (None, "png")
-    if num_videos == 1 and (images or not into_folder):
-        return [path]
-    if into_folder:
-        end = "/" if images else f".{format}"
-        return [f"{path.rstrip('/')}/{k:0{width}d}{end}" for k in range(num_videos)]
-    file = Path(path)
-    return [str(file.with_name(f"{file.stem}-{k:0{width}d}{file.suffix}")) for k in range(num_videos)]
-
-
 def run_sample(
     *,
     load: LoadOptions,
@@ -109,11 +53,26 @@ def run_sample(
     first_frame: str | None,
 ) -> None:
     """``ca2vdm sample``."""
+    folder = _new_folder(output.run)
     pipeline, video = _load(load, quiet=output.quiet)
-    given = None if first_frame is None else _first_frame(first_frame, video)
-    run = Generation(pipeline, options, output, frames, num_videos, name="sample", fps=video.fps)
-    with run.open_outputs():
-        run.generate(partial(pipeline.sample, run.frames, first_frame=given), to_output=lambda frame: frame)
+    given = None if first_frame is None else first_frame_of(first_frame, video)
+    with ExitStack() as stack:
+        targets = output.targets(num_videos, "sample", stack)
+        request = _request("sample", pipeline, options, output, frames, num_videos, targets, stack, video.fps)
+        if not request.videos:  # all are other processes' share
+            return
+        if first_frame is not None:
+            path, from_file = os.path.abspath(first_frame), first_frame != "-"
+            digest = file_sha256(Path(path)) if from_file and (folder is not None or output.manifest) else None
+            request = replace(request, first_frame=True, first_frame_source=path, first_frame_sha256=digest)
+        run = Generation(pipeline, request, output, folder)
+        sample = partial(pipeline.sample, request.frames, first_frame=given)
+        sample(**run.options)  # rejects an invalid request before anything is written
+        if folder is not None:
+            stack.enter_context(folder.locked(create=True))
+        with run.open_outputs():
+            run.begin(None if given is None else given[None])
+            run.generate(sample, to_output=lambda frame: frame)
     run.report()
 
 
@@ -130,27 +89,101 @@ def run_extend(
     size: str | None,
 ) -> None:
     """``ca2vdm extend``."""
+    folder = _new_folder(output.run)
     pipeline, video = _load(load, quiet=output.quiet)
-    with open_reader(source) as reader:
-        to_model, input_to_output, to_output = _frame_maps(reader, (video.height, video.width), aspect, size)
+    blank = np.zeros((1, video.height, video.width, video.channels), np.uint8)
+    with ExitStack() as stack:
+        path = source
+        if folder is not None:
+            stack.enter_context(folder.locked(create=True))
+            path = str(_copy_of_standard_input(folder)) if source == "-" else source
+        reader = stack.enter_context(open_reader(path))
+        maps = frame_maps((reader.height, reader.width), video, aspect, size)
         name = "extended" if source == "-" else f"{Path(source).stem}-extended"
-        run = Generation(pipeline, options, output, frames, num_videos, name=name, fps=reader.fps or video.fps)
-        blank = np.zeros((1, video.height, video.width, video.channels), np.uint8)
-        pipeline.extend(blank, run.frames, **options)  # rejects an invalid request before the input is read
-        if not run.targets:  # another process's share
+        targets = output.targets(num_videos, name, stack)
+        fps = reader.fps or video.fps
+        request = _request("extend", pipeline, options, output, frames, num_videos, targets, stack, fps)
+        if not request.videos:  # all are other processes' share
             return
-        window: deque[Frame] = deque(maxlen=options.get("context_frames") or pipeline.config.model.context_frames)
+        pipeline.extend(blank, request.frames, **RunOptions(**request.options))  # type: ignore[typeddict-item]
+        if folder is not None or output.manifest:
+            if any(target != "-" and _same_file(target, path) for target in targets):
+                raise UsageError(f"-o: {source} is the input, which is needed later; name another output")
+            input_video = InputVideo(
+                source=source,
+                path=folder.place(path) if folder else os.path.abspath(path),
+                sha256="" if path == "-" else file_sha256(Path(path)),
+                height=reader.height,
+                width=reader.width,
+                only_new=only_new,
+                aspect=aspect.value,
+                size=size,
+            )
+            request = replace(request, input=input_video)
+        run = Generation(pipeline, request, output, folder)
         with run.open_outputs():
-            with run.timed_input():
-                for frame in reader:
-                    run.input_frames += 1
-                    window.append(to_channels(to_model(frame), video.channels))
-                    if not only_new:
-                        run.copy(input_to_output(frame))
-            if reader.damage:
-                note(f"{source}: {reader.damage}", quiet=run.quiet)
-            run.generate(partial(pipeline.extend, np.stack(window), run.frames), to_output)
+            window = run.read_input(reader, maps, only_new=only_new)
+            run.begin(window)
+            run.generate(partial(pipeline.extend, window, request.frames), maps.to_output)
     run.report()
+
+
+def _request(
+    command: str,
+    pipeline: Pipeline,
+    options: RunOptions,
+    output: OutputOptions,
+    frames: int | None,
+    num_videos: int,
+    targets: list[str],
+    reservations: ExitStack,
+    fps: float | Fraction,
+) -> Request:
+    """This process's share of what was asked for, with the preset's values where the flags give none."""
+    sampling = pipeline.config.sampling
+    videos = share_of(num_videos)
+    if output.path is not None and videos:
+        output.reserve(targets[videos[0]], reservations)
+    resolved: RunOptions = {
+        **options,
+        "steps": options.get("steps") or sampling.steps,
+        "sampler": options.get("sampler") or sampling.sampler,
+        "context_frames": options.get("context_frames") or pipeline.config.model.context_frames,
+    }
+    return Request(
+        command=command,
+        options=dict(resolved),
+        frames=frames or sampling.frames,
+        videos=list(videos),
+        batch=BATCH,
+        outputs=[targets[k] for k in videos],
+        fps=str(fps if output.fps is None else output.fps),
+        format=output.format,
+    )
+
+
+def _new_folder(path: Path | None) -> RunFolder | None:
+    """The folder of a new run; with several processes each has its own part."""
+    if path is None:
+        return None
+    rank, processes = launched()
+    folder = RunFolder(path if processes == 1 else path / f"process-{rank}")
+    folder.check_new()
+    return folder
+
+
+def _copy_of_standard_input(folder: RunFolder) -> Path:
+    """Copy standard input to the run folder, since it can't be read again."""
+    if sys.stdin.isatty():
+        raise UsageError("standard input is a terminal; pipe a video into it, or name a file")
+    path = folder.path / INPUT_FILE
+    with as_user_error(f"{path}: cannot be written", ADVICE), path.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
+    return path
+
+
+def _same_file(path: str, other: str) -> bool:
+    return os.path.exists(path) and os.path.samefile(path, other)
 
 
 def _load(load: LoadOptions, *, quiet: bool) -> tuple[Pipeline, VideoConfig]:
@@ -161,171 +194,33 @@ def _load(load: LoadOptions, *, quiet: bool) -> tuple[Pipeline, VideoConfig]:
     return pipeline, pipeline.config.video
 
 
-def _first_frame(source: str, video: VideoConfig) -> Frame:
+def first_frame_of(source: str, video: VideoConfig) -> Frame:
+    """The image, or the video's first frame, at the model's size."""
     with open_reader(source) as reader:
         geometry = Geometry((reader.height, reader.width), (video.height, video.width), Aspect.STRETCH)
         return to_channels(geometry.to_model(next(reader)), video.channels)
 
 
-def _frame_maps(
-    reader: VideoReader, model: Size, aspect: Aspect, size: str | None
-) -> tuple[FrameMap, FrameMap, FrameMap]:
-    """Maps from the input to the model, from the input to the output, and from the model to the output."""
-    geometry = Geometry((reader.height, reader.width), model, aspect)
-    if size is None:
-        return geometry.to_model, geometry.input_to_output, geometry.from_model
-    if size == "model":
-        return geometry.to_model, geometry.to_model, lambda frame: frame
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
-    if not match or min(output_size := (int(match[2]), int(match[1]))) < 1:
-        raise UsageError(f"--size {size}: must be WIDTHxHEIGHT such as 640x360, or model")
-    resize = Geometry(geometry.output_size, output_size, Aspect.STRETCH).to_model
-    return (
+def frame_maps(size: Size, video: VideoConfig, aspect: Aspect, output_size: str | None) -> FrameMaps:
+    """How to convert frames between the sizes of the input, the model and the output.
+
+    Args:
+        size: the input's.
+        video: the model's.
+        aspect: what to do if their aspect ratios differ.
+        output_size: the flag ``--size``.
+    """
+    geometry = Geometry(size, (video.height, video.width), aspect)
+    if output_size is None:
+        return FrameMaps(geometry.to_model, geometry.input_to_output, geometry.from_model)
+    if output_size == "model":
+        return FrameMaps(geometry.to_model, geometry.to_model, lambda frame: frame)
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", output_size)
+    if not match or min(wanted := (int(match[2]), int(match[1]))) < 1:
+        raise UsageError(f"--size {output_size}: must be WIDTHxHEIGHT such as 640x360, or model")
+    resize = Geometry(geometry.output_size, wanted, Aspect.STRETCH).to_model
+    return FrameMaps(
         geometry.to_model,
         lambda frame: resize(geometry.input_to_output(frame)),
         lambda frame: resize(geometry.from_model(frame)),
     )
-
-
-class Generation:
-    """This process's share of the videos of a run, the files they go to, and the time each part of the run took.
-
-    Args:
-        pipeline: the model.
-        options: the flags that say how to generate, as arguments of ``Pipeline.sample`` and ``Pipeline.extend``.
-        output: the flags about the output.
-        frames: frames to generate for each video; the preset's number by default.
-        num_videos: videos of all processes together.
-        name: name of the output if the flags give none, without suffix.
-        fps: frames per second of the output if the flags give none.
-    """
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        options: RunOptions,
-        output: OutputOptions,
-        frames: int | None,
-        num_videos: int,
-        *,
-        name: str,
-        fps: float | Fraction,
-    ) -> None:
-        self.pipeline, self.options, self.output = pipeline, options, output
-        self.fps = fps if output.fps is None else output.fps
-        self.frames = frames or pipeline.config.sampling.frames
-        self.steps = options.get("steps") or pipeline.config.sampling.steps
-        self.num_videos, self.videos = num_videos, share_of(num_videos)
-        targets = output.targets(num_videos, name)
-        self.targets = [targets[k] for k in self.videos]
-        self.writers: list[VideoWriter] = []
-        rank, _ = launched()
-        self.quiet = output.quiet or rank > 0  # the first process reports, on its own videos
-        self.input_frames = self.new_frames = self.context_bytes = 0
-        self.first_chunk_seconds: float | None = None
-        self.seconds = dict.fromkeys(TIMED_PARTS, 0.0)
-
-    @contextmanager
-    def open_outputs(self) -> Iterator[None]:
-        """Open the output of each video. After an interrupt, what is finished stays playable."""
-        with ExitStack() as stack:
-            for target in self.targets:
-                writer = open_writer(target, format=self.output.format, fps=self.fps, overwrite=self.output.overwrite)
-                self.writers.append(stack.enter_context(writer))
-            try:
-                yield
-            except KeyboardInterrupt:
-                stack.close()
-                names = ", ".join(writer.name for writer in self.writers if writer.frames)
-                result = f"{self.new_frames} new frames are in {names}"
-                note(f"interrupted: {result if self.new_frames else 'no new frame was generated'}", quiet=self.quiet)
-                raise
-
-    @contextmanager
-    def timed_input(self) -> Iterator[None]:
-        """Count the time of this block as time for reading the input."""
-        began = time.perf_counter()
-        with status("reading", quiet=self.quiet):
-            yield
-        self.seconds["input"] = time.perf_counter() - began
-
-    def copy(self, frame: Frame) -> None:
-        """Write a frame of the input to all outputs."""
-        for writer in self.writers:
-            writer.write(frame, copied=True)
-
-    def generate(self, run: Callable[..., Iterator[VideoChunk]], to_output: FrameMap) -> None:
-        """Generate the videos in batches, and write them.
-
-        Args:
-            run: generates the chunks of some videos, given ``RunOptions``.
-            to_output: converts a generated frame to the output's size.
-        """
-        steps_per_video = -(-self.frames // self.pipeline.config.model.chunk_frames) * self.steps
-        batches = range(0, len(self.videos), BATCH)
-        # in a pipe the next command shows its own progress, and two bars on one terminal would garble each other
-        quiet = self.quiet or (self.targets == ["-"] and stat.S_ISFIFO(os.fstat(1).st_mode))
-        frames = self.frames * len(self.videos)
-        with ProgressBar("sampling", steps_per_video * len(batches), frames, quiet=quiet) as bar:
-            for first in batches:
-                videos, writers = self.videos[first : first + BATCH], self.writers[first : first + BATCH]
-                for chunk in run(**self.options, videos=videos, on_step=lambda *_: bar.advance()):
-                    self._write(chunk, writers, to_output)
-                    bar.advance(steps=0, finished=self.new_frames)
-                for writer in writers:
-                    writer.close()
-
-    def _write(self, chunk: VideoChunk, writers: list[VideoWriter], to_output: FrameMap) -> None:
-        began = time.perf_counter()
-        for writer, video in zip(writers, chunk.frames, strict=True):
-            for frame in video:
-                # hold interrupts so that a frame is written and counted, or neither; but a pipe may block for long
-                with nullcontext() if writer.is_pipe else held_interrupts():
-                    writer.write(to_output(frame))
-                    self.new_frames += 1
-        if self.first_chunk_seconds is None:
-            self.first_chunk_seconds = time.perf_counter() - STARTED
-        self.context_bytes = max(self.context_bytes, chunk.context_bytes)
-        self.seconds["output"] += time.perf_counter() - began
-        self.seconds["denoise"] += chunk.denoise_seconds
-        self.seconds["cache_write"] += chunk.write_seconds
-        self.seconds["decode"] += chunk.decode_seconds
-        self.seconds["encode"] += chunk.encode_seconds
-
-    def report(self) -> None:
-        """Print what was generated and how long it took: as JSON, for people, or not at all."""
-        if (self.quiet and not self.output.as_json) or not self.targets or launched()[0]:
-            return
-        pipeline, options = self.pipeline, self.options
-        seconds = time.perf_counter() - STARTED
-        strategy = options.get("strategy") or "cached"
-        report = {
-            "frames": self.frames,
-            "input_frames": self.input_frames,
-            "num_videos": len(self.targets),
-            "processes": launched()[1],
-            "seconds": seconds,
-            "first_chunk_seconds": self.first_chunk_seconds,
-            "frames_per_second": self.new_frames / seconds,
-            "peak_memory_bytes": peak_memory(pipeline.model.device),
-            "cache_bytes": self.context_bytes if strategy == "cached" else 0,
-            "context_bytes": self.context_bytes,
-            "weights_bytes": pipeline.weights_bytes,
-            "output": self.targets[0] if self.num_videos == 1 else self.targets,
-            "preset": pipeline.preset.name,
-            "backend": pipeline.backend.name,
-            "device": str(pipeline.model.device),
-            "dtype": dtype_name(pipeline.model.dtype),
-            "strategy": strategy,
-            "sampler": options.get("sampler") or pipeline.config.sampling.sampler,
-            "steps": self.steps,
-            "seed": options.get("seed", 0),
-            "prompt": options.get("prompt"),
-            "context_frames": options.get("context_frames") or pipeline.config.model.context_frames,
-            **{f"{name}_seconds": spent for name, spent in self.seconds.items()},
-            "startup_seconds": max(0.0, seconds - sum(self.seconds.values())),
-        }
-        if self.output.as_json:
-            print_json(report)
-        else:
-            print_run_report(report)

@@ -6,7 +6,7 @@ Shape letters: B videos, C channels, L frames of a chunk, n appended frames, h, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,6 +52,8 @@ class Context(ABC):
     """Whether it stores keys and values, so that shapes are the same in every chunk."""
     extendable: ClassVar[bool] = False
     """Whether it grows with the video instead of having a window."""
+    repeatable: ClassVar[bool] = True
+    """Whether a new context to which the same frames are appended equals this one, so that a run can be resumed."""
 
     model: CausalVideoTransformer
     window: TemporalWindow
@@ -97,6 +99,21 @@ class Context(ABC):
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         """The network's output (B, out_channels, L, h, w) for the noisy chunk x."""
 
+    def state(self) -> dict[str, Tensor]:
+        """All that later chunks depend on, except the caption, between two chunks or during one.
+
+        A resumed run then need not append all frames again. Without it (empty, the default) it does.
+        """
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what ``state`` of a context with the same settings returned. This one is new, with a caption.
+
+        Raises:
+            KeyError, RuntimeError: the state does not fit.
+        """
+        raise NotImplementedError
+
 
 class CachedContext(Context):
     """The KV cache: finished frames are written to it once."""
@@ -140,6 +157,12 @@ class CachedContext(Context):
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         out: Tensor = self.model(x, timestep, self._plan, self.cache)
         return out
+
+    def state(self) -> dict[str, Tensor]:
+        return self.cache.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.cache.restore(state)
 
 
 class RecomputedContext(Context):
@@ -185,6 +208,12 @@ class RecomputedContext(Context):
             x = torch.cat([self._latents.to(x.dtype), x], dim=2)
         out: Tensor = self.model(x, timestep, self._plan, text=self._text)
         return out
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self._latents is None else {"latents": self._latents, "frames": torch.tensor(self._frames)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._latents, self._frames = state["latents"].to(self.model.device), int(state["frames"])
 
 
 contexts: Registry[type[Context]] = _contexts

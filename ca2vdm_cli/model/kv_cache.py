@@ -10,6 +10,7 @@ ring, K frames of the spatial prefix (0 without prefix-enhanced attention), M te
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -165,3 +166,25 @@ class KVCache:
         angles = rope_angles(torch.tensor([shift]), self.config.head_size, self.device)
         for layer, keys in zip(self.layers, self.sink_keys, strict=True):
             layer.temporal_k[:, :, :sinks] = rotate(keys, *angles)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that later frames depend on, except the caption: the buffers themselves, not copies."""
+        layers = [dict(zip(LayerCache._fields, layer, strict=True)) for layer in self.layers]
+        buffers = {f"{i}.{name}": buffer for i, layer in enumerate(layers) for name, buffer in layer.items()}
+        buffers |= {f"{i}.sink_keys": keys for i, keys in enumerate(self.sink_keys)}
+        return {**buffers, "frames": torch.tensor(self.frames)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a state that a cache of the same sizes returned.
+
+        Raises:
+            KeyError, RuntimeError: the state is that of another cache.
+        """
+        for i, layer in enumerate(self.layers):
+            for name, buffer in zip(LayerCache._fields, layer, strict=True):
+                if buffer.shape != state[f"{i}.{name}"].shape:
+                    raise RuntimeError(f"a buffer of shape {tuple(state[f'{i}.{name}'].shape)}")
+                buffer.copy_(state[f"{i}.{name}"])
+        names = [f"{i}.sink_keys" for i in range(len(self.layers))]
+        self.sink_keys = [state[name].to(self.device, copy=True) for name in names if name in state]
+        self.frames = int(state["frames"])

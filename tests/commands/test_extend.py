@@ -23,7 +23,7 @@ from command_kit import (
     save,
 )
 
-from ca2vdm_cli.commands import generate
+from ca2vdm_cli.commands import generation
 from ca2vdm_cli.video_io import Frame, open_reader, to_channels, write_image
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -89,7 +89,7 @@ def test_an_interrupt_before_any_new_frame_leaves_no_trace(
             raise KeyboardInterrupt
         return to_channels(frame, channels)
 
-    monkeypatch.setattr(generate, "to_channels", interrupted)
+    monkeypatch.setattr(generation, "to_channels", interrupted)
     assert ca2vdm("extend", source, "--preset", weights, *GENERATE, "--overwrite", "-o", target) == 130
     assert capsys.readouterr().err == "interrupted: no new frame was generated\n"
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
