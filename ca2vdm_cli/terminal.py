@@ -37,7 +37,7 @@ def output_console() -> Console:
 def print_error(error: UserError) -> None:
     """Print an error as one line."""
     out = console()
-    line = " ".join(str(error).split())
+    line = printable(" ".join(str(error).split()))
     out.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
 
 
@@ -50,7 +50,12 @@ def print_json(report: Mapping[str, Any]) -> None:
 def note(message: str, *, quiet: bool = False) -> None:
     """Print one line."""
     if not quiet:
-        console().print(message, markup=False, soft_wrap=True)
+        console().print(printable(message), markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Text with control characters, as a file's name may have, escaped: they could change the terminal's state."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def size(count: float) -> str:
