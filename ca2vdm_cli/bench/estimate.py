@@ -38,7 +38,7 @@ from ca2vdm_cli.model.transformer import CausalVideoTransformer
 from ca2vdm_cli.presets import LoadedPreset
 from ca2vdm_cli.runtime import PeakMemory, available_memory, dtype_name, resident_memory
 
-from .costs import cache_bytes, largest_window, step_flops, write_flops
+from .costs import cache_bytes, cache_parts, largest_window, step_flops, write_flops
 from .lockstep import first_frame, timed
 
 MEASURE_SECONDS = 2.0
@@ -113,6 +113,7 @@ def estimate(workload: Workload) -> dict[str, Any]:
         "sampler": workload.sampler,
         "context_frames": window,
         "cache_bytes": cache,
+        "cache_parts_bytes": cache_parts(model_config, window, workload.dtype.itemsize, slid=slid),
         "weights_bytes": memory.weights + memory.autoencoder,
         "step_rise_bytes": memory.step,
         "write_rise_bytes": memory.write,
@@ -153,21 +154,21 @@ def _left_out(workload: Workload) -> list[str]:
 
 
 def _windows(workload: Workload, budget: int | None) -> dict[str, int | None]:
-    """The longest window that fits the budget, and the longest that the model's positions allow."""
-    config = workload.preset.config.model
+    """The longest window that fits the budget, that the model's positions allow, and that is in its training."""
+    config, trained = workload.preset.config.model, max(workload.preset.config.trained_prefixes)
     fits = None if budget is None else largest_window(config, budget, workload.dtype.itemsize)
     longest = None
     if config.temporal_positions is not TemporalPositions.ROPE:
         longest = config.table_length - config.chunk_frames
-    largest = min((frames for frames in (fits, longest) if frames is not None), default=None)
-    if largest is not None:
-        try:
-            TemporalWindow(config, largest)
-        except UsageError:
-            largest = 0
+    largest = min(frames for frames in (fits, longest, trained) if frames is not None)
+    try:
+        TemporalWindow(config, largest)
+    except UsageError:
+        largest = 0
     return {
         "largest_window_in_budget": fits,
         "largest_window_of_positions": longest,
+        "largest_window_in_training": trained,
         "largest_window": largest,
     }
 

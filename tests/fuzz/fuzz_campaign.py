@@ -98,7 +98,9 @@ class Batch:
 
 def run_batch(batch: Batch) -> None:
     """In a process of its own: generate the batch's cases, and run those that are not finished."""
-    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_DATA, LIMIT_DATA))  # what takes more is a finding, not a dead machine
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (LIMIT_DATA, LIMIT_DATA)
+    )  # what takes more is a finding, not a dead machine
     material = load_material(batch.folder)
     finished = len(batch.lines())
     number = 0

@@ -45,7 +45,9 @@ NUMBERS = st.sampled_from(
     [0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 48, 64, 100, 1000, 2**15, 10**8, 2**31, 2**63 - 1, 2**63, 10**30]
 )
 TEXTS = st.one_of(
-    st.sampled_from(["", " ", "-", "--", "-1", "0", "x", "none", "null", "true", "auto", "cached", "é", "\x1b[31m", "a\nb"]),
+    st.sampled_from(
+        ["", " ", "-", "--", "-1", "0", "x", "none", "null", "true", "auto", "cached", "é", "\x1b[31m", "a\nb"]
+    ),
     st.text(max_size=12),
 )
 SCALARS = st.one_of(
@@ -143,7 +145,15 @@ def damage(draw: DrawFn, content: bytes) -> bytes:
 # --- presets ----------------------------------------------------------------------------------------------------------
 
 FRAGMENTS = [
-    *("description: x", "model:", "  depth: 2", "  hidden_size: 48", "video: null", "weights: ../x", "weights: /dev/zero"),
+    *(
+        "description: x",
+        "model:",
+        "  depth: 2",
+        "  hidden_size: 48",
+        "video: null",
+        "weights: ../x",
+        "weights: /dev/zero",
+    ),
     *("&a", "*a", "<<: *a", "- ", "? ", ": ", "---", "...", "%YAML 1.1", "!!python/object:os.system x", "{", "}", "["),
     *("]", "|", ">-", "#", "'", '"', "\t", "\r", "\0", "﻿", "  ", "{a: {b: [c]}}", "lol: &l [*l, *l]", "!!str 1"),
     *("=", "~", "1.5", "-0", "model: 3", "model: []", "text: {path: x}", "synthetic_data: {digits: 10000000000}"),
@@ -334,12 +344,51 @@ FLAG_VALUES = st.one_of(
     NUMBERS.map(str),
     st.sampled_from(
         [
-            *("", "-1", "-0", "0", "1", "2", "1.5", "nan", "inf", "1e3", "٣", "x", "tiny", "none", "cpu", "meta", "cuda:99"),
+            *(
+                "",
+                "-1",
+                "-0",
+                "0",
+                "1",
+                "2",
+                "1.5",
+                "nan",
+                "inf",
+                "1e3",
+                "٣",
+                "x",
+                "tiny",
+                "none",
+                "cpu",
+                "meta",
+                "cuda:99",
+            ),
             *("eager", "sdpa", "eager,sdpa", "eager,", ",", "cached", "recompute", "fixed-window", "float32", "ddim"),
             *("missing", "missing/x", "clip.npz", "clip.mp4", "text.txt", "folder", "folder/", ".", "run", "a\x1b[2Jb"),
             *("out.npz", "out.mp4", "out.gif", "out.y4m", "out.xyz", "out.html", "out.csv", "out/", "x\0y", "é.npz"),
-            *("x" * 300, "9,5", "64x48", "0x0", "1x", "model", "crop", "pad", "1GiB", "-5GiB", "1 EiB", "model.depth=1"),
-            *("model.depth=0", "model.depht=1", "=", "model", "sampling.frames=-1", "model.context_frames=12", "\ud800"),
+            *(
+                "x" * 300,
+                "9,5",
+                "64x48",
+                "0x0",
+                "1x",
+                "model",
+                "crop",
+                "pad",
+                "1GiB",
+                "-5GiB",
+                "1 EiB",
+                "model.depth=1",
+            ),
+            *(
+                "model.depth=0",
+                "model.depht=1",
+                "=",
+                "model",
+                "sampling.frames=-1",
+                "model.context_frames=12",
+                "\ud800",
+            ),
         ]
     ),
     TEXTS,
@@ -385,7 +434,9 @@ def commands(draw: DrawFn, material: Material) -> Case:
         if takes_value and draw(st.integers(0, 19)):
             words.append(draw(FLAG_VALUES))
     if command == "extend":
-        words.insert(0, draw(st.sampled_from(["clip.npz", "clip.npz", "clip.mp4", "text.txt", "missing", "folder", "-", "."])))
+        words.insert(
+            0, draw(st.sampled_from(["clip.npz", "clip.npz", "clip.mp4", "text.txt", "missing", "folder", "-", "."]))
+        )
     elif draw(st.integers(0, 5)) == 0 or command in ("presets show", "import"):
         words.insert(draw(st.integers(0, len(words))), draw(FLAG_VALUES))
     if draw(st.integers(0, 30)) == 0:
@@ -418,10 +469,14 @@ def videos(draw: DrawFn, material: Material) -> Case:
     elif how == "bytes":
         files = {f"case.{suffix}": draw(st.binary(max_size=300))}
     elif how == "renamed":
-        files = {f"case.{draw(st.sampled_from(['npz', 'mp4', 'png', 'txt', 'gif', 'safetensors']))}": material.videos[name]}
+        files = {
+            f"case.{draw(st.sampled_from(['npz', 'mp4', 'png', 'txt', 'gif', 'safetensors']))}": material.videos[name]
+        }
     (source,) = files
     if how == "folder":
-        images = [material.videos[image] for image in sorted(material.videos) if image.endswith((".png", ".jpg", ".webp"))]
+        images = [
+            material.videos[image] for image in sorted(material.videos) if image.endswith((".png", ".jpg", ".webp"))
+        ]
         suffixes = st.sampled_from(["png", "jpg", "webp", "gif", "txt"])
         contents = st.one_of(st.sampled_from(images), st.sampled_from(images).map(lambda image: damage(draw, image)))
         parts = draw(st.lists(st.tuples(suffixes, contents), max_size=4))

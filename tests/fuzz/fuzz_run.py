@@ -73,6 +73,8 @@ def run_case(case: Case, folder: Path) -> Outcome:
             trace, problem = traceback.format_exc(), f"no end within {LIMIT_SECONDS:.0f} s"
         except BaseException as error:  # the judgement is what this is about
             trace, problem = traceback.format_exc(), f"{type(error).__name__} left main()"
+    if code == 130:  # no case interrupts itself: the run is to stop
+        raise KeyboardInterrupt
     seconds, text = time.monotonic() - began, _written(err)
     problem = problem or _judge(code, text, _written(out))
     if problem is None and (taken := _peak_bytes() - memory) > LIMIT_BYTES:
@@ -89,7 +91,12 @@ def run_program(case: Case, folder: Path) -> Outcome:
     environment = {**os.environ, **OFFLINE, "HOME": str(folder)}
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=4 * LIMIT_SECONDS
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=4 * LIMIT_SECONDS,
         )
     except subprocess.TimeoutExpired:
         return Outcome(None, "", "the program did not end")
