@@ -216,7 +216,7 @@ def print_run_report(report: Mapping[str, Any]) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """A plain table. A column whose name ends in ``>`` is right-aligned."""
-    out = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    out = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for name in columns:
         out.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
     for row in rows:

@@ -102,7 +102,7 @@ GROWTH_NOTE = (
 )
 TIME = ("", "step>", "write>", "chunk>", "decode>", "video>", "frames/s>")
 """Columns of a first table, which fits a terminal..."""
-WORK = ("", "FLOPs/step>", "MFU>", "context>", "peak>", "time ∝ framesᵉ>", "FLOPs ∝ framesᵉ>")
+WORK = ("", "FLOPs/step>", "MFU>", "context>", "peak>", "time ∝\nframesᵉ>", "FLOPs ∝\nframesᵉ>")
 """...and those of a second table."""
 
 
@@ -142,8 +142,8 @@ def costs_table(run: BackendRun, size: Units, duration: Units, columns: Sequence
         }
         wanted = [column for column in columns or cells if pixels or column not in ("decode>", "encode>")]
         growth = run.growth.frames[method]
-        cells["time ∝ framesᵉ>"] = _exponent(growth.seconds_exponent)
-        cells["FLOPs ∝ framesᵉ>"] = _exponent(growth.flops_exponent)
+        cells["time ∝\nframesᵉ>"] = _exponent(growth.seconds_exponent)
+        cells["FLOPs ∝\nframesᵉ>"] = _exponent(growth.flops_exponent)
         rows.append([cells[column] for column in wanted])
     return wanted, rows
 
