@@ -32,7 +32,7 @@ _SCREEN = {
 _PAGE = {
     "figure.figsize": (7, 4.4),
     "font.size": 6.5,
-    "axes.titlesize": 7,
+    "axes.titlesize": 6.4,
     "axes.labelsize": 6.5,
     "xtick.labelsize": 6.5,
     "ytick.labelsize": 6.5,

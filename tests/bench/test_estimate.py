@@ -187,7 +187,7 @@ def test_plan_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     for words in (
         "per cache write",
         "weights",
-        "GFLOP",
+        "FLOP per step",
         "a cache of 1.0 KiB holds 0 frames",
         "too little for any window",
     ):

@@ -32,7 +32,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests")]  # when run as 
 import hypothesis  # noqa: E402
 from fuzz_cases import KINDS, SHARES, Case  # noqa: E402
 from fuzz_material import Material, make_material  # noqa: E402
-from fuzz_run import LIMIT_SECONDS, Outcome, run_case, run_program  # noqa: E402
+from fuzz_run import LIMIT_WAIT, Outcome, run_case, run_program  # noqa: E402
 
 BATCH = 500
 """Cases per process."""
@@ -40,7 +40,7 @@ PROGRAM_EVERY = 100
 """Each case of this number also runs as a program of its own, which must end in the same way."""
 LIMIT_DATA = 6 * 2**30
 """Memory that the process of a batch may take."""
-SILENCE_SECONDS = 6 * LIMIT_SECONDS + 60
+SILENCE_SECONDS = 4 * LIMIT_WAIT
 """A process that finishes no case for so long is killed; start-up takes some of it."""
 
 
