@@ -101,7 +101,7 @@ def run_batch(batch: Batch) -> None:
     resource.setrlimit(
         resource.RLIMIT_DATA, (LIMIT_DATA, LIMIT_DATA)
     )  # what takes more is a finding, not a dead machine
-    material = load_material(batch.folder)
+    material, parent = load_material(batch.folder), os.getppid()
     finished = len(batch.lines())
     number = 0
     scratch = batch.folder / f"{batch.name}.scratch"
@@ -117,6 +117,8 @@ def run_batch(batch: Batch) -> None:
     @hypothesis.given(KINDS[batch.kind](material))
     def each(case: Case) -> None:
         nonlocal number
+        if os.getppid() != parent:
+            sys.exit("the run was stopped")
         if number >= finished:
             batch.current.write_bytes(pickle.dumps((number, case)))
             outcome = run_case(case, scratch)
