@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -702,13 +703,19 @@ def _name_the_flags(error: UsageError, flags: dict[str, str]) -> None:
     error.args = (re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[0]), message),)
 
 
+@cache
+def _command() -> Any:
+    """The commands with their flags: built once, since that takes longer than parsing a command line."""
+    return typer.main.get_command(app)
+
+
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code. Errors, Ctrl-C and closed pipes pass through.
 
     Raises:
         UsageError: an unknown command or flag, or a value that a flag does not accept.
     """
-    command: Any = typer.main.get_command(app)
+    command = _command()
     if "_CA2VDM_COMPLETE" in os.environ:  # the shell asks for completions
         command(prog_name="ca2vdm")
     try:  # not command.main(), which would handle Ctrl-C and closed pipes itself

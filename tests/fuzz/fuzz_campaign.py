@@ -36,7 +36,7 @@ from fuzz_run import LIMIT_WAIT, Outcome, run_case, run_program  # noqa: E402
 
 BATCH = 500
 """Cases per process."""
-PROGRAM_EVERY = 100
+PROGRAM_EVERY = 250
 """Each case of this number also runs as a program of its own, which must end in the same way."""
 LIMIT_DATA = 6 * 2**30
 """Memory that the process of a batch may take."""
@@ -217,7 +217,8 @@ def batches(kinds: list[str], cases: int, folder: Path) -> Iterator[Batch]:
 
 def summary(done: list[Batch]) -> tuple[str, int]:
     """A table of counts, the findings, and how many different ones there are."""
-    rows, findings = [], {}
+    rows: list[str] = []
+    findings: dict[tuple[str, str, str], list[tuple[int, Batch, int]]] = {}
     for kind in dict.fromkeys(batch.kind for batch in done):
         entries = [(batch, entry) for batch in done if batch.kind == kind for entry in batch.lines()]
         codes = Counter(entry["code"] for _, entry in entries)

@@ -188,7 +188,7 @@ def presets(draw: DrawFn, material: Material) -> Case:
 
 
 SMALL = st.sampled_from([0, 1, 1, 2, 2, 3, 4, 5, 6, 8, 9, 12, 16])
-CHOICES = {
+CHOICES: dict[str, list[Any]] = {
     "model.temporal_positions": ["cyclic", "rope", "absolute"],
     "model.spatial_prefix": ["prev_frames_k", "first_frame", "none"],
     "model.causality": ["causal", "partial"],
@@ -253,6 +253,12 @@ def split_header(content: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
+def with_header(header: str, data: bytes) -> bytes:
+    """A safetensors file with this header, true or not."""
+    text = header.encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(text)) + text + data
+
+
 @st.composite
 def headers(draw: DrawFn, material: Material) -> Case:
     """A safetensors file with another header, given to every command that reads one."""
@@ -284,16 +290,14 @@ def headers(draw: DrawFn, material: Material) -> Case:
         content = struct.pack("<Q", draw(lengths)) + original[8:]
     elif how == "json":
         text = draw(st.one_of(VALUES.map(_json), st.text(max_size=40), st.integers(1, 5000).map(lambda n: '{"a":' * n)))
-        header = text.encode("utf-8", "surrogatepass")
-        content = struct.pack("<Q", len(header)) + header + original[-64:]
+        content = with_header(text, original[-64:])
     else:
         header, data = split_header(original)
         if how == "metadata":
             _change_metadata(draw, header)
         else:
             _change_tensors(draw, header)
-        text = _json(header).encode("utf-8", "surrogatepass")
-        content = struct.pack("<Q", len(text)) + text + data
+        content = with_header(_json(header), data)
     return Case(command, {**(material.run_folder if file.startswith("run/") else {}), file: content})
 
 
@@ -504,7 +508,8 @@ def _archive(draw: DrawFn) -> bytes:
     dtype = draw(st.sampled_from(["u1", "u1", "u1", "i4", "f4", "?", "U3", "O", "c8", "M8[s]"]))
     array = np.zeros(shape, dtype)
     file = io.BytesIO()
-    np.savez_compressed(file, **{draw(st.sampled_from(["frames", "frames", "frames", "video", "frames.npy"])): array})
+    arrays: dict[str, Any] = {draw(st.sampled_from(["frames", "frames", "frames", "video", "frames.npy"])): array}
+    np.savez_compressed(file, **arrays)
     return file.getvalue() if draw(st.integers(0, 2)) else damage(draw, file.getvalue())
 
 
