@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ from command_kit import (
 )
 from torch import Tensor
 
-from ca2vdm_cli import __version__
+from ca2vdm_cli import __version__, cli
 from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.plugins import backends
@@ -193,9 +193,12 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.fixture
-def named_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+def named_shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the flags take the shell's name: its detection looks at the parent process, which may be anything."""
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    cli._command.cache_clear()  # typer reads the variable when it builds the commands
+    yield
+    cli._command.cache_clear()
 
 
 @pytest.mark.parametrize(
