@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,28 +47,79 @@ def _builtin_names(kind: str) -> list[str]:
     return [*(name for name in registry.reserved if name == plugins.AUTO), *registry.builtin_names()]
 
 
+def _listed(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
+    """Completion of the last entry of a list such as ``sdpa,eager``."""
+
+    def complete(incomplete: str) -> list[str]:
+        *given, _ = incomplete.split(",")
+        return [",".join([*given, name]) for name in names() if name not in given]
+
+    return complete
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str | int], int]:
+    """Reads a whole number. Unlike a range of typer's, it leaves the help to say in words what is allowed."""
+
+    def number(value: str | int) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = least - 1
+        if number < least or (most is not None and number > most):
+            allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise typer.BadParameter(f"{value!r} is not a whole number {allowed}")
+        return number
+
+    return number
+
+
+def _scale(value: str | float) -> float:
+    """Reads a number that is not negative."""
+    with suppress(ValueError):
+        if (number := float(value)) >= 0 and number != float("inf"):
+            return number
+    raise typer.BadParameter(f"{value!r} is not a number of at least 0")
+
+
 PresetOption = Annotated[
     str | None,
     typer.Option(
+        metavar="PRESET",
         help="A preset's name, file or folder (see `ca2vdm presets`). Default: moving-digits.",
         autocompletion=_preset_names,
     ),
 ]
 CheckpointOption = Annotated[
-    Path | None, typer.Option(help="Weights to use: a safetensors file, or the folder of a training run.")
+    Path | None,
+    typer.Option(metavar="PATH", help="Weights to use: a safetensors file, or the folder of a training run."),
 ]
 FramesOption = Annotated[
-    int | None, typer.Option(min=1, help="Length in frames; there is no limit. Default: the preset's.")
+    int | None,
+    typer.Option(
+        parser=_whole(1), metavar="N", help="Length in frames, at least 1; there is no limit. Default: the preset's."
+    ),
 ]
-NumVideosOption = Annotated[int, typer.Option(min=1, help="Number of videos; their outputs are numbered.")]
+NumVideosOption = Annotated[
+    int,
+    typer.Option(parser=_whole(1), metavar="N", help="Number of videos, at least 1; their outputs are numbered."),
+]
 LARGEST_SEED = 2**63 - 1
 SeedOption = Annotated[
-    int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed. Frames do not depend on length or batch size.")
+    int,
+    typer.Option(
+        parser=_whole(0, LARGEST_SEED),
+        metavar="N",
+        help="Random seed, from 0 to 2^63 - 1. Frames do not depend on length or batch size.",
+    ),
 ]
-StepsOption = Annotated[int | None, typer.Option(min=1, help="Denoising steps per chunk. Default: the preset's.")]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(parser=_whole(1), metavar="N", help="Denoising steps per chunk, at least 1. Default: the preset's."),
+]
 SamplerOption = Annotated[
     str | None,
     typer.Option(
+        metavar="NAME",
         help="ancestral, ddim, dpm++, log-snr, trailing, or a scheduler class of diffusers. Default: the preset's.",
         autocompletion=lambda: _builtin_names("samplers"),
     ),
@@ -73,11 +127,12 @@ SamplerOption = Annotated[
 BackendOption = Annotated[
     str,
     typer.Option(
+        metavar="NAME",
         help="Attention backend (see `ca2vdm backends`); auto picks the best.",
         autocompletion=lambda: _builtin_names("backends"),
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="Data type of the model; auto is bfloat16 if the device has native support for it.")
 ]
@@ -89,12 +144,20 @@ StrategyOption = Annotated[
         autocompletion=lambda: _builtin_names("contexts"),
     ),
 ]
-ContextOption = Annotated[int | None, typer.Option(min=1, help="Window in frames. Default: the preset's.")]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(parser=_whole(1), metavar="N", help="Window in frames, at least 1. Default: the preset's."),
+]
 PromptOption = Annotated[
     str | None, typer.Option(metavar="TEXT", help="What the video should show, for presets with a text encoder.")
 ]
 GuidanceOption = Annotated[
-    float | None, typer.Option(min=0, help="Guidance scale: how closely to follow the prompt. Default: the preset's.")
+    float | None,
+    typer.Option(
+        parser=_scale,
+        metavar="SCALE",
+        help="Guidance scale, at least 0: how closely to follow the prompt. Default: the preset's.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -111,10 +174,13 @@ OutputOption = Annotated[
 ]
 FormatOption = Annotated[
     str | None,
-    typer.Option(help="mp4, mkv, gif, npz, y4m or png, overriding the suffix; mkv or y4m on standard output."),
+    typer.Option(
+        metavar="NAME", help="mp4, mkv, gif, npz, y4m or png, overriding the suffix; mkv or y4m on standard output."
+    ),
 ]
 FpsOption = Annotated[
-    float | None, typer.Option(help="Frames per second of the output. Default: the input's, or the preset's.")
+    float | None,
+    typer.Option(metavar="FPS", help="Frames per second of the output. Default: the input's, or the preset's."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object with all results on standard output.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
@@ -227,7 +293,10 @@ def extend(
     ],
     preset: PresetOption = None,
     checkpoint: CheckpointOption = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Number of new frames. Default: the preset's.")] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(parser=_whole(1), metavar="N", help="Number of new frames, at least 1. Default: the preset's."),
+    ] = None,
     only_new: Annotated[bool, typer.Option("--only-new", help="Write only the new frames, without the input.")] = False,
     aspect: Annotated[
         Aspect, typer.Option(help="If the input's aspect ratio is not the model's: crop, add bars, or stretch.")
@@ -419,7 +488,10 @@ def train(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: weights and checkpoints.")] = Path(
         "runs/train"
     ),
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: the preset's.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(parser=_whole(1), metavar="N", help="Optimizer steps, at least 1. Default: the preset's."),
+    ] = None,
     max_minutes: Annotated[
         float | None,
         typer.Option(
@@ -427,7 +499,10 @@ def train(
         ),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights to start from (fine-tuning): a file, or the folder of a training run.")
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Weights to start from (fine-tuning): a file, or the folder of a training run."
+        ),
     ] = None,
     widen: Annotated[
         bool,
@@ -440,7 +515,11 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=LARGEST_SEED, help="Seed of all randomness. Default: 0, or the resumed run's."),
+        typer.Option(
+            parser=_whole(0, LARGEST_SEED),
+            metavar="N",
+            help="Seed of all randomness, from 0 to 2^63 - 1. Default: 0, or the resumed run's.",
+        ),
     ] = None,
     backend: BackendOption = "auto",
     device: DeviceOption = "auto",
@@ -490,11 +569,13 @@ def bench(
             metavar="NAME,NAME,…",
             help="Baselines to compare the cache with: recompute, recompute-extendable, bidirectional, fixed-window, "
             "per-step-cache, or your own context; `cached` measures the cache alone.",
+            autocompletion=_listed(lambda: _builtin_names("contexts")),
         ),
     ] = "recompute",
     preset: Annotated[
         str | None,
         typer.Option(
+            metavar="PRESET",
             help="A preset's name, file or folder. Default: bench-small.",
             show_default=False,
             autocompletion=_preset_names,
@@ -502,7 +583,10 @@ def bench(
     ] = None,
     checkpoint: CheckpointOption = None,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Length in frames. Default: two chunks past the window.")
+        int | None,
+        typer.Option(
+            parser=_whole(1), metavar="N", help="Length in frames, at least 1. Default: two chunks past the window."
+        ),
     ] = None,
     context_frames: Annotated[
         str | None,
@@ -511,13 +595,28 @@ def bench(
             help="Window of the video; if several, one chunk is measured at each of the others. Default: the preset's.",
         ),
     ] = None,
-    fixed_window: Annotated[int | None, typer.Option(min=1, help="Window of fixed-window. Default: one chunk.")] = None,
+    fixed_window: Annotated[
+        int | None,
+        typer.Option(
+            parser=_whole(1), metavar="N", help="Window of fixed-window in frames, at least 1. Default: one chunk."
+        ),
+    ] = None,
     steps: StepsOption = None,
     sampler: SamplerOption = None,
     seed: SeedOption = 0,
-    repeat: Annotated[int, typer.Option(min=1, help="Generate the video this many times, and report medians.")] = 1,
+    repeat: Annotated[
+        int,
+        typer.Option(
+            parser=_whole(1), metavar="N", help="Generate the video N times, at least once, and report medians."
+        ),
+    ] = 1,
     backend: Annotated[
-        str, typer.Option(metavar="NAME,NAME,…", help="Backends to measure, one after another; see `ca2vdm backends`.")
+        str,
+        typer.Option(
+            metavar="NAME,NAME,…",
+            help="Backends to measure, one after another; see `ca2vdm backends`.",
+            autocompletion=_listed(lambda: _builtin_names("backends")),
+        ),
     ] = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.AUTO,
@@ -612,7 +711,9 @@ def verify(
     compare: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME,NAME,…", help="Exact contexts to compare with cached, your own included. Default: recompute."
+            metavar="NAME,NAME,…",
+            help="Exact contexts to compare with cached, your own included. Default: recompute.",
+            autocompletion=_listed(lambda: ["recompute", "recompute-extendable"]),
         ),
     ] = None,
     recorded: Annotated[
@@ -661,7 +762,10 @@ def import_(
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The safetensors file to write.")],
-    preset: Annotated[str, typer.Option(help="The preset that the weights are for.", autocompletion=_preset_names)],
+    preset: Annotated[
+        str,
+        typer.Option(metavar="PRESET", help="The preset that the weights are for.", autocompletion=_preset_names),
+    ],
     dtype: Annotated[
         Dtype, typer.Option(help="Data type of the written weights; auto keeps each tensor's own.")
     ] = Dtype.AUTO,
@@ -744,13 +848,19 @@ def _name_the_flags(error: UsageError, flags: dict[str, str]) -> None:
     error.args = (re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[0]), message),)
 
 
+@cache
+def _command() -> Any:
+    """The commands with their flags: built once, since that takes longer than parsing a command line."""
+    return typer.main.get_command(app)
+
+
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code. Errors, Ctrl-C and closed pipes pass through.
 
     Raises:
         UsageError: an unknown command or flag, or a value that a flag does not accept.
     """
-    command: Any = typer.main.get_command(app)
+    command = _command()
     if "_CA2VDM_COMPLETE" in os.environ:  # the shell asks for completions
         command(prog_name="ca2vdm")
     try:  # not command.main(), which would handle Ctrl-C and closed pipes itself
@@ -764,6 +874,6 @@ def run(arguments: list[str]) -> int:
     except UsageError as error:
         parameters = command.commands[context.invoked_subcommand].params
         flags = {p.name: max(p.opts, key=len) for p in parameters if p.param_type_name == "option"}
-        _name_the_flags(error, flags | {"overrides": "--set", "teacher": "--distill"})
+        _name_the_flags(error, flags | {"overrides": "--set", "teacher": "--distill", "baselines": "--compare"})
         raise
     return 0

@@ -71,6 +71,18 @@ def cache_bytes(
     return elements * itemsize + text_bytes(config, itemsize)
 
 
+def cache_parts(config: ModelConfig, context_frames: int, itemsize: int, *, slid: bool = False) -> dict[str, int]:
+    """``cache_bytes`` by what they hold: context, the slots of a chunk, spatial prefix, rope sinks and caption."""
+    frame = config.depth * config.tokens_per_frame * 2 * config.hidden_size * itemsize
+    parts = {
+        "context": context_frames * frame,
+        "chunk": config.chunk_frames * frame,
+        "prefix": config.spatial_slots * frame,
+        "caption": text_bytes(config, itemsize),
+    }
+    return parts | {"sinks": cache_bytes(config, context_frames, itemsize, slid=slid) - sum(parts.values())}
+
+
 def text_bytes(config: ModelConfig, itemsize: int) -> int:
     """Bytes of the caption's keys and values in the cache, and of its mask, one byte per token."""
     return config.depth * config.text_tokens * 2 * config.hidden_size * itemsize + config.text_tokens

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -44,14 +44,32 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+class _Unpadded:
+    """A stream that leaves out the spaces at the ends of lines, with which Rich fills the columns of a table."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(" +(?=\n)", "", text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def console() -> Console:
     """Standard error. In a pipe, lines are 200 characters wide."""
     return _Console(stderr=True, highlight=False, emoji=False, width=None if sys.stderr.isatty() else 200)
 
 
 def output_console() -> Console:
-    """Standard output, for commands that print text, such as ``presets``. In a pipe, lines are 200 characters wide."""
-    return _Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+    """Standard output, for commands that print text, such as ``presets``.
+
+    In a pipe, lines have up to 200 characters and no padding.
+    """
+    if sys.stdout.isatty():
+        return _Console(highlight=False, emoji=False)
+    return _Console(file=cast("TextIO", _Unpadded(sys.stdout)), highlight=False, emoji=False, width=200)
 
 
 def print_error(error: UserError) -> None:
@@ -83,12 +101,17 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time with its unit: 12 ms, 3.41 s, 2 min 5 s."""
+    """A time with its unit: 12 ms, 3.41 s, 2 min 5 s, 4 h 10 min, 4 d 20 h."""
     if seconds < 0.1:
         return f"{seconds * 1000:.1f} ms"
     if seconds < 120:
         return f"{seconds:.2f} s"
-    return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    if minutes < 120:
+        return f"{minutes} min {int(seconds) % 60} s"
+    if hours < 48:
+        return f"{hours} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def clock(seconds: float) -> str:
@@ -281,7 +304,7 @@ def print_run_report(report: Mapping[str, Any]) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """A plain table. A column whose name ends in ``>`` is right-aligned."""
-    out = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    out = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for name in columns:
         out.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
     for row in rows:

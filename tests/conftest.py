@@ -39,6 +39,15 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, lambda number, frame: None)  # children don't ignore it; the suite still does
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long run of hostile input, unless its marker is asked for."""
+    if "fuzz" in config.option.markexpr:
+        return
+    long = [item for item in items if item.get_closest_marker("fuzz")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
     """Each test begins with the same signal handlers, whatever commands ran before it."""

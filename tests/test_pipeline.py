@@ -232,7 +232,7 @@ WRONG: list[tuple[Callable[[Pipeline, np.ndarray], object], str]] = [
     (lambda p, g: p.sample(0), "at least one"),
     (lambda p, g: p.sample(0, first_frame=g[0]), "at least one"),
     (lambda p, g: p.sample(4, steps=1001), "steps: 1001 must be from 1 to 1000"),
-    (lambda p, g: p.sample(4, context_frames=10), "context frames: 10 is more than the 9"),
+    (lambda p, g: p.sample(4, context_frames=10), "context_frames: 10 is more than the 9"),
     (lambda p, g: p.sample(4, first_frame=g), "given frames"),
     (lambda p, g: p.sample(4, first_frame=g[0, :, :16]), r"uint8 \(1, 32, 16, 1\) must be uint8 \(frames, 32, 32, 1\)"),
     (lambda p, g: p.extend(g[:0], 4), "at least one"),

@@ -176,8 +176,8 @@ def _check_memory(pipeline: Pipeline, settings: Settings, window: int) -> None:
     needed = steps * cache_bytes(config.model, window, pipeline.model.dtype.itemsize)
     if needed > available:
         raise UsageError(
-            f"per-step-cache: its {steps} caches take {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are "
-            "available; use fewer steps, or leave it out"
+            f"baselines: the {steps} caches of per-step-cache take {needed / 2**30:.1f} GiB and "
+            f"{available / 2**30:.1f} GiB are available; use fewer steps, or leave it out"
         )
 
 

@@ -26,7 +26,7 @@ from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.loop import stored_caption
 from ca2vdm_cli.generate.samplers import Sampler, sampler_for
 from ca2vdm_cli.loading import build_model, randomize
-from ca2vdm_cli.memory import MemoryNeeds, check_generation, generation_needs
+from ca2vdm_cli.memory import MemoryNeeds, cache_parts, check_generation, generation_needs
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.temporal_window import TemporalWindow
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
@@ -112,6 +112,7 @@ def estimate(workload: Workload) -> dict[str, Any]:
         "sampler": workload.sampler,
         "context_frames": window,
         "cache_bytes": memory.cache,
+        "cache_parts_bytes": cache_parts(model_config, window, workload.dtype.itemsize, slid=slid),
         "weights_bytes": memory.weights + memory.autoencoder,
         "step_rise_bytes": memory.step,
         "write_rise_bytes": memory.write,
@@ -162,21 +163,21 @@ def _left_out(workload: Workload) -> list[str]:
 
 
 def _windows(workload: Workload, budget: int | None) -> dict[str, int | None]:
-    """The longest window that fits the budget, and the longest that the model's positions allow."""
-    config = workload.preset.config.model
+    """The longest window that fits the budget, that the model's positions allow, and that is in its training."""
+    config, trained = workload.preset.config.model, max(workload.preset.config.trained_prefixes)
     fits = None if budget is None else largest_window(config, budget, workload.dtype.itemsize)
     longest = None
     if config.temporal_positions is not TemporalPositions.ROPE:
         longest = config.table_length - config.chunk_frames
-    largest = min((frames for frames in (fits, longest) if frames is not None), default=None)
-    if largest is not None:
-        try:
-            TemporalWindow(config, largest)
-        except UsageError:
-            largest = 0
+    largest = min(frames for frames in (fits, longest, trained) if frames is not None)
+    try:
+        TemporalWindow(config, largest)
+    except UsageError:
+        largest = 0
     return {
         "largest_window_in_budget": fits,
         "largest_window_of_positions": longest,
+        "largest_window_in_training": trained,
         "largest_window": largest,
     }
 

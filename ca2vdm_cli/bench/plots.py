@@ -17,6 +17,33 @@ if TYPE_CHECKING:
 
 _COLORS = ("#2a6fbb", "#c44e2b", "#8c2d5a", "#6b5cb8", "#4f9d69", "#b8902f", "#3a9aa8", "#7d7f85")
 _INK, _GRID = "#1c2430", "#dfe4ec"
+_SCREEN = {
+    "figure.figsize": (13, 7.8),
+    "font.size": 9,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+    "svg.hashsalt": "ca2vdm",
+}
+_PAGE = {
+    "figure.figsize": (7, 4.4),
+    "font.size": 6.5,
+    "axes.titlesize": 6.4,
+    "axes.labelsize": 6.5,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "legend.fontsize": 6,
+    "lines.linewidth": 0.9,
+    "lines.markersize": 2,
+    "axes.linewidth": 0.6,
+    "grid.linewidth": 0.5,
+    "pdf.fonttype": 42,
+}
+"""A PDF is for papers: as wide as a page's text, with TrueType fonts, because some publishers reject Type 3."""
 
 
 def require_matplotlib() -> None:
@@ -28,16 +55,16 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise UsageError("plots: matplotlib is not installed: pip install 'ca2vdm[bench]'") from None
+        raise UsageError("output: plots need matplotlib, which is not installed; pip install 'ca2vdm[bench]'") from None
 
 
 def draw(run: BackendRun, format: str) -> bytes:
-    """The plots as ``png``, ``svg`` or ``pdf``. Text in SVG is drawn as outlines, so it needs no font."""
+    """The plots as ``png``, ``svg``, or ``pdf`` for a paper. Text in SVG is drawn as outlines, so it needs no font."""
     import matplotlib
 
     out = io.BytesIO()
     date = {"svg": "Date", "pdf": "CreationDate"}.get(format)  # left out, so that equal runs give equal files
-    with matplotlib.rc_context({"svg.hashsalt": "ca2vdm"}):
+    with matplotlib.rc_context(_PAGE if format == "pdf" else _SCREEN):
         _figure(run).savefig(out, format=format, dpi=110, metadata={date: None} if date else None)
     return out.getvalue()
 
@@ -46,12 +73,12 @@ def _figure(run: BackendRun) -> Figure:
     """Two rows of three plots: what a chunk costs, and how costs grow."""
     from matplotlib.figure import Figure  # without pyplot, which looks for a display
 
-    figure = Figure(figsize=(13, 7.8), layout="constrained")
+    figure = Figure(layout="constrained")
     figure.get_layout_engine().set(hspace=0.08, wspace=0.05)  # type: ignore[union-attr, call-arg]
     (chunk, utilization, memory), (seconds, flops, step) = figure.subplots(2, 3)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_INK, labelsize=9)
+        axes.tick_params(colors=_INK)
         axes.set_axisbelow(True)
 
     methods, results = list(run.results), run.results.values()
@@ -75,16 +102,16 @@ def _figure(run: BackendRun) -> Figure:
         growth = context[method]
         _line(step, method, growth.frames, growth.seconds, growth.seconds_exponent, color)
     for axes, label in ((seconds, "frames of video"), (flops, "frames of video"), (step, "frames of context")):
-        axes.set_xlabel(label, fontsize=9)
+        axes.set_xlabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
         axes.grid(color=_GRID)
-        axes.legend(fontsize=8.5, frameon=False)
+        axes.legend(frameon=False)
     return figure
 
 
 def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=10.5, color=_INK, fontweight="bold")
+    axes.set_title(text, loc="left", color=_INK, fontweight="bold")
 
 
 def _bars(
@@ -105,7 +132,7 @@ def _bars(
     totals = [sum(pair) for pair in zip(first, second, strict=True)]
     for i, total in enumerate(totals):
         text = f"{total:.0%}" if percent else f"{total:.3g}" if total < 1000 else f"{total:,.0f}"
-        axes.text(total, i, f" {text if total else '–'}", va="center", fontsize=9, color=_INK)
+        axes.text(total, i, f" {text if total else '–'}", va="center", color=_INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.16 * max(totals) or 1)
     axes.grid(axis="x", color=_GRID)
@@ -115,14 +142,15 @@ def _bars(
 
 
 def _line(axes: Axes, method: str, x: Sequence[float], y: Sequence[float], exponent: float | None, color: str) -> None:
+    from matplotlib import rcParams
+
     ours = method == "cached"
     axes.plot(
         x,
         y,
         color=color,
         marker="o",
-        markersize=4,
-        linewidth=2.4 if ours else 1.5,
+        linewidth=rcParams["lines.linewidth"] * (1.6 if ours else 1),
         zorder=3 if ours else 2,
         label=method if exponent is None else f"{method} ({exponent:.2f})",
     )

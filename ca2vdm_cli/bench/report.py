@@ -15,7 +15,7 @@ from .results import BackendRun, Report, Spread
 Units = Callable[[float], str]
 """Formats bytes or seconds for people."""
 Table = tuple[list[str], list[list[str]]]
-"""Columns, right-aligned if they end in ``>``, and rows; a cell may have a second line."""
+"""Columns, right-aligned if they end in ``>``, and rows; a cell may have several lines."""
 
 
 def verdict(run: BackendRun) -> str:
@@ -49,10 +49,15 @@ def _memory(run: BackendRun) -> Iterator[str]:
 def _exactness(run: BackendRun) -> str:
     if run.outputs_agree is None:
         return "outputs not compared (no exact baseline)"
+    if not run.max_abs_difference_before_slide:
+        return "outputs are identical until the window slides"
     difference = f"{run.max_abs_difference_before_slide:.1e}"
     if not run.outputs_agree:
         return f"outputs DIFFER by {difference} before the window slides"
-    return f"outputs equal to {difference} until the window slides (largest output {run.max_abs_output:.1f})"
+    largest = f"{run.max_abs_output:.1f}"
+    return (
+        f"outputs differ only by rounding until the window slides, by at most {difference} (largest output {largest})"
+    )
 
 
 def warnings(report: Report) -> Iterator[str]:
@@ -63,15 +68,18 @@ def warnings(report: Report) -> Iterator[str]:
             yield f"{run.backend}: counted operations differ from the formula by up to {worst:.1%}"
         if not run.cache_bytes_agree:
             yield f"{run.backend}: the cache's bytes differ from the formula"
-        spread = run.results["cached"].steady_seconds_per_step_spread
-        if spread and spread.three_quarters > 1.3 * spread.quarter:
-            yield f"{run.backend}: the middle half of cached's step times spans more than 30 %: is the machine busy?"
+        spreads = {method: result.steady_seconds_per_step_spread for method, result in run.results.items()}
+        if unsteady := [method for method, s in spreads.items() if s and s.three_quarters > 1.3 * s.quarter]:
+            yield (
+                f"{run.backend}: the middle half of the step times of {_join(unsteady)} spans more than 30 %: is the "
+                "machine busy?"
+            )
 
 
 def notes(run: BackendRun) -> Iterator[str]:
     """How to read the table of costs."""
     yield (
-        "Steady-state medians; below them the ratio to cached, or the range of cached itself. Chunk: denoising steps "
+        "Steady-state medians; below them the ratio to cached, and the range of the values. Chunk: denoising steps "
         "and cache write. Video: all chunks, without decoding. frames/s: with decoding, if there is an autoencoder. "
         "MFU: share of the machine's rate in matrix products of the same dtype, measured between the steps. "
         "Context: memory kept between chunks. Peak: context and working memory, without the weights."
@@ -94,7 +102,7 @@ GROWTH_NOTE = (
 )
 TIME = ("", "step>", "write>", "chunk>", "decode>", "video>", "frames/s>")
 """Columns of a first table, which fits a terminal..."""
-WORK = ("", "FLOPs/step>", "MFU>", "context>", "peak>", "time ∝ framesᵉ>", "FLOPs ∝ framesᵉ>")
+WORK = ("", "FLOPs/step>", "MFU>", "context>", "peak>", "time ∝\nframesᵉ>", "FLOPs ∝\nframesᵉ>")
 """...and those of a second table."""
 
 
@@ -119,32 +127,33 @@ def costs_table(run: BackendRun, size: Units, duration: Units, columns: Sequence
         rate, peak = result.steady_frames_per_second, result.peak_memory_above_weights_bytes
         cells = {
             "": method,
-            "step>": time(step, _relative(per_step, step, result.steady_seconds_per_step_spread)),
+            "step>": time(step, _below(per_step, step, result.steady_seconds_per_step_spread)),
             "write>": time(write, f"{write / step:.2f} steps") if writes and write and step else "–",
-            "chunk>": time(chunk, _relative(per_chunk, chunk, result.steady_seconds_per_chunk_spread)),
+            "chunk>": time(chunk, _below(per_chunk, chunk, result.steady_seconds_per_chunk_spread)),
             "decode>": time(result.decode_seconds),
             "encode>": time(result.encode_seconds),
             "video>": time(result.seconds),
             "first chunk>": time(result.first_chunk_latency_seconds),
             "frames/s>": f"{rate:.3g}" if rate else "–",
-            "FLOPs/step>": _operations(result.flops_per_step),
+            "FLOPs/step>": operations(result.flops_per_step),
             "MFU>": "–" if result.mfu is None else f"{result.mfu:.0%}",
             "context>": size(result.context_bytes),
             "peak>": "–" if peak is None else size(peak),
         }
         wanted = [column for column in columns or cells if pixels or column not in ("decode>", "encode>")]
         growth = run.growth.frames[method]
-        cells["time ∝ framesᵉ>"] = _exponent(growth.seconds_exponent)
-        cells["FLOPs ∝ framesᵉ>"] = _exponent(growth.flops_exponent)
+        cells["time ∝\nframesᵉ>"] = _exponent(growth.seconds_exponent)
+        cells["FLOPs ∝\nframesᵉ>"] = _exponent(growth.flops_exponent)
         rows.append([cells[column] for column in wanted])
     return wanted, rows
 
 
-def _relative(ratio: float | None, median: float | None, spread: Spread | None) -> str:
-    """The ratio to ``cached``; for ``cached``, the range of its values."""
-    if ratio is not None:
-        return f"{ratio:.2f}×"
-    return f"{spread.min / median - 1:+.0%} {spread.max / median - 1:+.0%}" if median and spread else ""
+def _below(ratio: float | None, median: float | None, spread: Spread | None) -> str:
+    """Lines below a median: the ratio to ``cached`` if it is a baseline's, and the range of the values."""
+    lines = [] if ratio is None else [f"{ratio:.2f}×"]
+    if median and spread:
+        lines.append(f"{spread.min / median - 1:+.0%} {spread.max / median - 1:+.0%}")
+    return "\n".join(lines)
 
 
 def growth_table(run: BackendRun) -> Table:
@@ -162,13 +171,13 @@ def _exponent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}".replace("-0.00", "0.00")
 
 
-def _operations(count: float) -> str:
-    """For people: 170 G."""
-    for unit in "kMG":
+def operations(count: float) -> str:
+    """A number of operations for people: 170 G."""
+    for unit in "kMGT":
         count /= 1000
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
-    return f"{count / 1000:.3g} T"
+    return f"{count / 1000:.3g} P"
 
 
 def as_csv(report: Report) -> str:
@@ -193,11 +202,30 @@ def as_csv(report: Report) -> str:
     return out.getvalue()
 
 
-_FACTS = (
-    *("processor", "cores", "threads", "platform", "torch", "numpy", "python", "version", "date"),
-    *("preset", "preset_sha256", "trained", "device", "dtype", "tokens_per_frame", "frames", "chunk_frames"),
-    *("context_frames", "fixed_window_frames", "steps", "sampler", "seed", "repeat"),
-)
+_FACTS = {
+    "processor": "processor",
+    "cores": "cores",
+    "threads": "threads",
+    "platform": "platform",
+    "torch": "PyTorch",
+    "numpy": "NumPy",
+    "python": "Python",
+    "version": "ca2vdm",
+    "date": "date",
+    "preset": "preset",
+    "preset_sha256": "preset’s SHA-256",
+    "device": "device",
+    "dtype": "dtype",
+    "tokens_per_frame": "tokens per frame",
+    "frames": "frames",
+    "chunk_frames": "frames per chunk",
+    "context_frames": "window in frames",
+    "steps": "denoising steps",
+    "sampler": "sampler",
+    "seed": "seed",
+    "repeat": "repeats",
+}
+"""Key of each fact in the JSON, and its name in the report."""
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; max-width: 74rem; margin: 2rem auto;
@@ -239,7 +267,10 @@ def as_html(report: Report, svg: str, size: Units, duration: Units) -> str:
         body.append(_table(*growth_table(run)))
         body.append(f'<p class="note">{_text(GROWTH_NOTE)}</p>')
     values, run = report.as_json(), report.runs[0]
-    facts = {name: values[name] for name in _FACTS}
+    facts = {name: values[key] for key, name in _FACTS.items()}
+    facts["weights"] = "trained" if report.environment.trained else "random"
+    if "fixed-window" in run.results:
+        facts["window of fixed-window"] = run.fixed_window_frames
     facts["matrix products"] = (
         f"{run.gemm_flops_per_second / 1e9:.0f} GFLOP/s (median of {'×'.join(map(str, run.gemm_shape))})"
     )
@@ -259,8 +290,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         cells = []
         for cell in row:
-            value, _, below = cell.partition("\n")
-            cells.append(f"<td>{_text(value)}{f'<span>{_text(below)}</span>' if below else ''}</td>")
+            value, *below = cell.split("\n")
+            cells.append(f"<td>{_text(value)}{''.join(f'<span>{_text(line)}</span>' for line in below)}</td>")
         lines.append(f"<tr{' class=ours' if row[0] == 'cached' else ''}>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 

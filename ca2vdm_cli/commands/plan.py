@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from ca2vdm_cli.bench.estimate import Workload, estimate
+from ca2vdm_cli.bench.report import operations
 from ca2vdm_cli.errors import UsageError
 from ca2vdm_cli.loading import find_weights
 from ca2vdm_cli.plugins import choose_backend
@@ -17,6 +18,8 @@ from ca2vdm_cli.terminal import duration, output_console, print_json, size, stat
 
 _UNITS = {"": 1, "B": 1, **{f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", start=1)}}
 _UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", start=1)}
+
+_CACHE_PARTS = {"context": "context", "chunk": "slots of a chunk", "prefix": "spatial prefix", "sinks": "sinks"}
 
 
 def run(
@@ -77,12 +80,13 @@ def _print(report: dict[str, Any]) -> None:
         style="dim",
         markup=False,
     )
+    rate = report["frames_per_second"]
     times = [
         f"{duration(report['seconds_per_step'])} per step",
         f"{duration(report['cache_write_seconds'])} per cache write",
         f"{duration(report['seconds_per_chunk'])} per chunk",
         f"first chunk after {duration(report['first_chunk_seconds'])}",
-        f"{report['frames_per_second']:.3g} frames/s",
+        f"{rate:.3g} frames/s" if rate >= 0.1 else f"{duration(1 / rate)} per frame",
     ]
     parts = [
         f"cache {size(report['cache_bytes'])}",
@@ -93,7 +97,8 @@ def _print(report: dict[str, Any]) -> None:
     rows = [
         ["time", ", ".join(times)],
         ["memory", ", ".join(parts)],
-        ["operations", f"{report['flops'] / 1e12:.3g} TFLOP, {report['flops_per_step'] / 1e9:.3g} GFLOP per step"],
+        ["cache", _cache(report)],
+        ["operations", f"{operations(report['flops'])}FLOP, {operations(report['flops_per_step'])}FLOP per step"],
         ["window", _window(report)],
     ]
     if report["left_out"]:
@@ -104,14 +109,22 @@ def _print(report: dict[str, Any]) -> None:
     out.print(lines)
 
 
+def _cache(report: dict[str, Any]) -> str:
+    """What the cache holds."""
+    parts = report["cache_parts_bytes"].items()
+    return ", ".join(f"{_CACHE_PARTS.get(name, name)} {size(count)}" for name, count in parts if count)
+
+
 def _window(report: dict[str, Any]) -> str:
+    """The longest window, and what limits it."""
     fits, longest = report["largest_window_in_budget"], report["largest_window_of_positions"]
-    parts = []
-    if fits is not None:
-        parts.append(f"a cache of {size(report['cache_budget_bytes'])} holds {fits} frames")
+    largest, trained = report["largest_window"], report["largest_window_in_training"]
+    limits = [f"training has windows of up to {trained} frames"]
     if longest is not None:
-        parts.append(f"the model's positions allow {longest}")
-    largest = report["largest_window"]
-    if largest is not None:
-        parts.append(f"at most --context-frames {largest}" if largest else "too little for any window")
-    return ", ".join(parts)
+        limits.append(f"the model's positions allow {longest}")
+    if fits is not None:
+        limits.append(f"a cache of {size(report['cache_budget_bytes'])} holds {fits} frames")
+    answer = f"at most --context-frames {largest}" if largest else "too little for any window"
+    if report["context_frames"] > trained:
+        answer = f"{report['context_frames']} frames are more than the weights were trained for; {answer}"
+    return f"{answer}: {', '.join(limits)}"

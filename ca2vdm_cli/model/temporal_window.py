@@ -27,19 +27,19 @@ class TemporalWindow:
         largest = self.table - config.chunk_frames
         if self.kind is TemporalPositions.CYCLIC and self.context_frames > largest:
             raise UsageError(
-                f"context frames: {self.context_frames} is more than the {largest} of the model's position table"
+                f"context_frames: {self.context_frames} is more than the {largest} of the model's position table"
             )
         if self.context_frames < 1:
-            raise UsageError(f"context frames: {self.context_frames} must be at least 1")
+            raise UsageError(f"context_frames: {self.context_frames} must be at least 1")
         prefix = config.spatial_prefix_frames
         if config.spatial_prefix is SpatialPrefix.PREV_FRAMES and self.context_frames - self.sink_frames < prefix:
             raise UsageError(
-                f"context frames: {self.context_frames} must leave room, beside {self.sink_frames} sink frames, for "
+                f"context_frames: {self.context_frames} must leave room, beside {self.sink_frames} sink frames, for "
                 f"the {prefix} frames of the spatial prefix"
             )
         if self.sink_frames and self.sink_frames > self.context_frames - config.chunk_frames:
             raise UsageError(
-                f"sink frames: {self.sink_frames} must leave a chunk of {config.chunk_frames} frames free "
+                f"sink_frames: {self.sink_frames} must leave a chunk of {config.chunk_frames} frames free "
                 f"in a window of {self.context_frames}"
             )
 

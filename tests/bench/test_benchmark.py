@@ -19,8 +19,8 @@ from ca2vdm_cli import commands
 from ca2vdm_cli.__main__ import main
 from ca2vdm_cli.bench import benchmark as bench
 from ca2vdm_cli.bench.baselines import ExtendableContext
-from ca2vdm_cli.bench.report import verdict
-from ca2vdm_cli.bench.results import Environment
+from ca2vdm_cli.bench.report import verdict, warnings
+from ca2vdm_cli.bench.results import Environment, Report, Spread
 from ca2vdm_cli.commands.bench import FORMATS
 from ca2vdm_cli.generate.context import contexts
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
@@ -183,7 +183,7 @@ def test_window_longer_than_the_position_table(capsys: pytest.CaptureFixture[str
     assert run(capsys, "--context-frames", "20", "--frames", "4")["context_frames"] == 20
     assert main(["train", "--preset", "tiny", "--steps", "1", "--out", "run", "-q", "--device", "cpu"]) == 0
     assert main([*TINY[:1], "--preset", "run", "--context-frames", "20"]) == 2
-    assert "context frames: 20 is more than the 9 of the model's position table" in capsys.readouterr().err
+    assert "--context-frames: 20 is more than the 9 of the model's position table" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,8 @@ def test_window_longer_than_the_position_table(capsys: pytest.CaptureFixture[str
     [
         (
             "recompute",
-            r"cached is \d+\.\d\d× \w+ than recompute at a 9-frame window and 2 steps per chunk; outputs equal .*",
+            r"cached is \d+\.\d\d× \w+ than recompute at a 9-frame window and 2 steps per chunk; outputs differ "
+            r"only by rounding until the window slides, by at most \d\.\de-\d\d \(largest output \d\.\d\)",
         ),
         ("cached", r"cached alone was measured; outputs not compared .*"),
         (
@@ -206,6 +207,36 @@ def test_verdict(capsys: pytest.CaptureFixture[str], compare: str, words: str) -
     assert re.fullmatch(words, line)
 
 
+def test_spread_is_shown_for_every_method(written: Path) -> None:
+    """As a range below each method's median, of a step and of a chunk."""
+    page = (written / "out.html").read_text()
+    table = page[page.index("<table") : page.index("</table>")]
+    for row in table.split("<tr")[2:]:
+        assert len(re.findall(r"<span>[+-]\d+% [+-]\d+%</span>", row)) == 2, row
+
+
+def test_report_names_only_the_baselines_that_were_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "-o", "out.html"]) == 0
+    texts = [
+        capsys.readouterr().out,
+        re.sub("<style>.*?</style>|<svg.*?</svg>", "", Path("out.html").read_text(), flags=re.DOTALL),
+    ]
+    for text in texts:
+        assert "recompute" in text
+        assert not re.search("extendable|bidirectional|fixed.window|per.step.cache", text)
+    assert main([*TINY, "--compare", "fixed-window", "--fixed-window", "7", "-o", "out.html", "-q"]) == 0
+    page = Path("out.html").read_text()
+    assert "<dt>window of fixed-window</dt><dd>7</dd>" in page and "recompute" not in page
+
+
+def test_pdf_is_made_for_papers(written: Path) -> None:
+    """As wide as a page's text, in fonts that publishers take."""
+    content = (written / "out.pdf").read_bytes()
+    box = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+) ([\d.]+) ?\]", content)
+    assert box and float(box[1]) == 7 * 72
+    assert b"/Type3" not in content and b"/FontFile2" in content
+
+
 def test_random_weights_of_flow_matching(capsys: pytest.CaptureFixture[str]) -> None:
     flow = ["diffusion.beta_schedule=flow", "diffusion.prediction=flow", "model.learn_variance=false"]
     settings = [part for setting in flow for part in ("--set", setting)]
@@ -218,6 +249,33 @@ def test_drift_is_that_of_a_recomputed_window(capsys: pytest.CaptureFixture[str]
     alone = run(capsys, "--compare", "recompute")
     assert both["max_abs_difference_after_slide"] == pytest.approx(alone["max_abs_difference_after_slide"], rel=1e-3)
     assert run(capsys, "--compare", "recompute-extendable")["max_abs_difference_after_slide"] is None
+
+
+def test_verdict_about_outputs() -> None:
+    """It does not call outputs equal that differ, not even by rounding."""
+    pipeline = Pipeline.load("tiny", random_weights=True, pixels=False, device="cpu", dtype="float32")
+    measured = bench.run_bench(pipeline, bench.Settings(frames=4, steps=STEPS))
+    rounded = replace(measured, outputs_agree=True, max_abs_difference_before_slide=1.6e-2, max_abs_output=4.13)
+    assert verdict(rounded).endswith(
+        "; outputs differ only by rounding until the window slides, by at most 1.6e-02 (largest output 4.1)"
+    )
+    same = replace(rounded, max_abs_difference_before_slide=0.0)
+    assert verdict(same).endswith("; outputs are identical until the window slides")
+
+
+def test_unsteady_times_of_any_method_are_noticed() -> None:
+    pipeline = Pipeline.load("tiny", random_weights=True, pixels=False, device="cpu", dtype="float32")
+    measured = bench.run_bench(pipeline, bench.Settings(frames=4, steps=STEPS))
+    spreads = {"cached": Spread(1.0, 1.0, 1.1, 5.0), "recompute": Spread(1.0, 1.0, 1.5, 2.0)}
+    results = {
+        method: replace(result, steady_seconds_per_step_spread=spreads[method])
+        for method, result in measured.results.items()
+    }
+    run = replace(measured, results=results, flops_agree=True, cache_bytes_agree=True)
+    lines = list(warnings(Report("", bench.environment(pipeline), [run])))
+    assert lines == [
+        f"{run.backend}: the middle half of the step times of recompute spans more than 30 %: is the machine busy?"
+    ]
 
 
 def test_verdict_says_what_is_slower_and_what_differs() -> None:
@@ -352,21 +410,24 @@ def test_a_window_without_positions_is_refused_before_anything_is_measured(
 ) -> None:
     monkeypatch.setattr(commands.bench, "run_bench", lambda *_, **__: pytest.fail("it was measured"))
     assert main(["bench", "--preset", str(weights), "--context-frames", "9,60"]) == 2
-    assert "context frames: 60 is more than the 9" in capsys.readouterr().err
+    assert "--context-frames: 60 is more than the 9" in capsys.readouterr().err
 
 
 def test_plots_need_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*TINY, "-o", "out.png"]) == 2
-    assert "matplotlib is not installed: pip install 'ca2vdm[bench]'" in capsys.readouterr().err
+    assert (
+        "--output: plots need matplotlib, which is not installed; pip install 'ca2vdm[bench]'"
+        in capsys.readouterr().err
+    )
     assert main([*TINY, "--compare", "cached", "--frames", "4", "-o", "out.csv"]) == 0
 
 
 def test_caches_that_do_not_fit_in_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "available_memory", lambda device: 100_000)
     assert main([*TINY, "--compare", "per-step-cache"]) == 2
-    assert "per-step-cache: its 2 caches take" in capsys.readouterr().err
+    assert "--compare: the 2 caches of per-step-cache take" in capsys.readouterr().err
     assert main([*TINY, "--compare", "recompute", "--frames", "4"]) == 0
 
 

@@ -104,10 +104,39 @@ def test_largest_window_fits_the_budget(report: Callable[..., Any], positions: s
     assert estimated["cache_budget_bytes"] == 2**20
     window = estimated["largest_window_in_budget"]
     assert estimated["largest_window_of_positions"] == (9 if positions == "cyclic" else None)
-    assert estimated["largest_window"] == (9 if positions == "cyclic" else window)
+    assert estimated["largest_window"] == 9 < window, "the weights were trained for no longer one"
     rope = [*request[:-1], "model.temporal_positions=rope"]
     sizes = [report(*rope, "--context-frames", str(frames))["cache_bytes"] for frames in (window, window + 1)]
     assert sizes[0] <= 2**20 < sizes[1]
+
+
+def test_windows_are_those_of_training(report: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    rope = ["--preset", "tiny", "--frames", "8", "--set", "model.temporal_positions=rope"]
+    short = [*rope, "--set", "training.prefix_lengths=[0, 5]"]
+    estimated = report("plan", *short)
+    assert (estimated["largest_window_in_training"], estimated["largest_window"]) == (5, 5)
+    assert main(["plan", *RUN, *short, "--context-frames", "9"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "9 frames are more than the weights were trained for; at most --context-frames 5: training has " in text
+
+
+def test_parts_of_the_cache(report: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    request = ["--preset", "tiny", "--frames", "40", "--set", "model.temporal_positions=rope"]
+    request += ["--set", "model.sink_frames=2", "--set", "model.text_channels=7", "--set", "model.text_tokens=5"]
+    estimated = report("plan", *request)
+    frame = 2 * 16 * 2 * 48 * 4  # blocks, tokens, keys and values, width, bytes
+    assert estimated["cache_parts_bytes"] == {
+        "context": 9 * frame,
+        "chunk": 4 * frame,
+        "prefix": 3 * frame,
+        "caption": 2 * 5 * 2 * 48 * 4 + 5,
+        "sinks": 2 * frame // 2,
+    }
+    assert sum(estimated["cache_parts_bytes"].values()) == estimated["cache_bytes"]
+    assert main(["plan", *RUN, *request]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    parts = "context 108.0 KiB, slots of a chunk 48.0 KiB, spatial prefix 36.0 KiB, caption 3.8 KiB, sinks 12.0 KiB"
+    assert f"cache {parts}" in text
 
 
 def test_a_window_that_the_model_does_not_support_is_not_proposed(report: Callable[..., Any]) -> None:
@@ -159,7 +188,7 @@ def test_plan_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     for words in (
         "per cache write",
         "weights",
-        "TFLOP",
+        "FLOP per step",
         "a cache of 1.0 KiB holds 0 frames",
         "too little for any window",
     ):
@@ -185,7 +214,7 @@ def test_large_autoencoder_and_text_encoder_are_left_out(report: Callable[..., A
 
 def test_invalid_requests(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, line in (
-        (["--context-frames", "20"], "context frames: 20 is more than the 9 of the model's position table"),
+        (["--context-frames", "20"], "--context-frames: 20 is more than the 9 of the model's position table"),
         (["--sampler", "none"], "sampler: 'none' is not one of"),
         (
             ["--set", "model.temporal_positions=absolute", "--frames", "14"],

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ from command_kit import (
 )
 from torch import Tensor
 
-from ca2vdm_cli import __version__
+from ca2vdm_cli import __version__, cli
 from ca2vdm_cli.checkpoint import load_tensors
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.plugins import backends
@@ -107,6 +107,28 @@ def test_presets(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
     assert "moving-digits (default)" in table
 
 
+@pytest.mark.parametrize("command", ["presets", "backends", "plugins"])
+def test_lists_are_not_padded_in_a_pipe(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ca2vdm(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 3
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["plan", "--frames", "0"], "'--frames': '0' is not a whole number of at least 1 (see ca2vdm plan --help)"),
+        (["plan", "--steps", "1.5"], "'--steps': '1.5' is not a whole number of at least 1"),
+        (["plan", "--context-frames", "ten"], "'--context-frames': 'ten' is not a whole number of at least 1"),
+        (["verify", "--seed", "-1"], "'--seed': '-1' is not a whole number from 0 to 9223372036854775807"),
+        (["sample", "--guidance", "nan"], "'--guidance': 'nan' is not a number of at least 0"),
+    ],
+)
+def test_numbers_out_of_range(refused: Refused, arguments: list[str], line: str) -> None:
+    assert f"error: Invalid value for {line}" in refused(2, *arguments)
+
+
 def test_shown_preset_can_be_used(capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm("presets", "show", "tiny", "--set", "model.depth=3") == 0
     text = capsys.readouterr().out
@@ -158,6 +180,8 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     out, text = capsys.readouterr()
     assert " ".join(["Usage: ca2vdm", *command.split()]) in out
     assert text == ""
+    assert not re.search("<(int|float)|range>|x>=", out), "ranges are in words"
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,9 +193,12 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.fixture
-def named_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+def named_shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the flags take the shell's name: its detection looks at the parent process, which may be anything."""
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    cli._command.cache_clear()  # typer reads the variable when it builds the commands
+    yield
+    cli._command.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -203,6 +230,10 @@ def test_completion_is_installed(named_shell: None, tmp_path: Path, monkeypatch:
         ("ca2vdm plan --sampler dd", {"ddim"}),
         ("ca2vdm extend in.mp4 --strategy rec", {"recompute", "recompute-extendable"}),
         ("ca2vdm sample --dtype b", {"bfloat16"}),
+        ("ca2vdm bench --compare bi", {"bidirectional"}),
+        ("ca2vdm bench --compare cached,recompute,fi", {"cached,recompute,fixed-window"}),
+        ("ca2vdm bench --backend eager,", {"eager,auto", "eager,sdpa", "eager,compile"}),
+        ("ca2vdm verify --compare recompute,", {"recompute,recompute-extendable"}),
     ],
 )
 def test_completion(words: str, expected: set[str], monkeypatch: pytest.MonkeyPatch) -> None:

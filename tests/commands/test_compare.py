@@ -48,7 +48,7 @@ def test_bench_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert ca2vdm("bench", *EXACT) == 0
     text = capsys.readouterr().out
     assert re.search(r"cached is \d+\.\d\d× (faster|slower) than recompute at a 9-frame window", text)
-    for words in ("random weights", "cached", "recompute", "×", "chunk", "video", "peak", "∝ framesᵉ"):
+    for words in ("random weights", "cached", "recompute", "×", "chunk", "video", "peak", "time ∝", "framesᵉ"):
         assert words in text
 
 

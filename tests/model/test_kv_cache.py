@@ -310,11 +310,11 @@ def test_rope_sinks_stay_directly_before_the_window(make_config: MakeConfig) -> 
 
 # ------------------------------------------------------------------------------------------------------------- errors
 def test_impossible_windows_are_refused(make_config: MakeConfig) -> None:
-    with pytest.raises(UsageError, match="context frames: 7 is more than the 6 of the model's position table"):
+    with pytest.raises(UsageError, match="context_frames: 7 is more than the 6 of the model's position table"):
         TemporalWindow(make_config(), context_frames=7)
-    with pytest.raises(UsageError, match="context frames: 0 must be at least 1"):
+    with pytest.raises(UsageError, match="context_frames: 0 must be at least 1"):
         TemporalWindow(make_config(), context_frames=0)
-    with pytest.raises(UsageError, match="context frames: 6 must leave room, beside 5 sink frames"):
+    with pytest.raises(UsageError, match="context_frames: 6 must leave room, beside 5 sink frames"):
         TemporalWindow(make_config(), sink_frames=5)
     TemporalWindow(make_config(temporal_positions="rope"), context_frames=60)
 
