@@ -19,7 +19,7 @@ BASE = {"errors", "config"}
 METHOD = BASE | {"model", "plugins"}
 GENERATE = METHOD | {"generate", "runtime"}
 VIDEO = BASE | {"interrupts", "options", "video_io", "video_codec", "data", "checkpoint", "plugins"}
-PIPELINE = GENERATE | VIDEO | {"presets", "loading", "autoencoder", "text_encoder", "pipeline"}
+PIPELINE = GENERATE | VIDEO | {"arguments", "presets", "loading", "autoencoder", "text_encoder", "pipeline"}
 
 # What each package (or top-level module) may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "video_metrics": {"plugins", "video_io"},
     "data": VIDEO,
     "autoencoder": BASE | {"checkpoint", "plugins"},
-    "video_codec": {"autoencoder"},
+    "video_codec": {"autoencoder", "errors"},
+    "arguments": {"errors"},
     "loading": METHOD | {"checkpoint", "presets"},
     "pipeline": PIPELINE,
     "processes": BASE | {"runtime"},
