@@ -104,7 +104,7 @@ class ConvAutoencoder(Autoencoder):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, c, h, w) -> (N, C, H, W) in [-1, 1]."""
-        return self.reconstruct(latents).clamp(-1, 1)
+        return _clamp(self.reconstruct(latents))
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """``decode`` without the clamp, which has no gradient: for training."""
@@ -172,6 +172,11 @@ def _conv(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, padding_mode="replicate")
 
 
+def _clamp(frames: Tensor) -> Tensor:
+    """Clamp to [-1, 1]. Infinity becomes NaN, so that a broken decoder is noticed."""
+    return (frames * 0 + frames).clamp(-1, 1)
+
+
 class DiffusersAutoencoder(Autoencoder):
     """An ``AutoencoderKL`` of diffusers, such as Stable Diffusion's; latents are its distribution's mode."""
 
@@ -198,7 +203,7 @@ class DiffusersAutoencoder(Autoencoder):
     def decode(self, latents: Tensor) -> Tensor:
         """(N, c, h, w) -> (N, C, H, W) in [-1, 1]; gray is the mean of red, green and blue."""
         rgb = self.model.decode(latents / self.scale_factor).sample
-        return (rgb if self.channels == 3 else rgb.mean(1, keepdim=True)).clamp(-1, 1)
+        return _clamp(rgb if self.channels == 3 else rgb.mean(1, keepdim=True))
 
 
 def _load_autoencoder_kl(path: str) -> Any:

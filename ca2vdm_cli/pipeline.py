@@ -22,9 +22,19 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .arguments import (
+    check_function,
+    check_names,
+    check_number,
+    check_overrides,
+    check_text,
+    whole_number,
+    whole_numbers,
+)
 from .autoencoder import Autoencoder, autoencoders, load_autoencoder
 from .config import Preset
-from .errors import UsageError, UserError
+from .errors import UsageError
+from .generate.checks import check_latents
 from .generate.context import Context, contexts, make_context
 from .generate.diffusion import NoiseProcess
 from .generate.journal import Journal, continued, run_facts
@@ -36,7 +46,7 @@ from .model.attention import Backend
 from .model.transformer import CausalVideoTransformer
 from .plugins import choose_backend
 from .presets import LoadedPreset, Overrides
-from .runtime import Dtype, dtype_name, resolve_device, resolve_dtype, synchronize
+from .runtime import Dtype, resolve_device, resolve_dtype, synchronize
 from .text_encoder import TextEncoder
 from .video_codec import decode_video, encode_video, to_floats
 
@@ -48,7 +58,8 @@ class RunOptions(TypedDict, total=False):
     """Options of ``Pipeline.sample`` and ``Pipeline.extend``; all have a default."""
 
     videos: Sequence[int]
-    """Which videos to generate together; video 0 by default. Video k of a seed is always the same."""
+    """Which videos to generate together; video 0 by default. Video k of a seed does not depend on what is generated
+    beside it, except for rounding: see "Reproducibility" in docs/getting-started.md."""
     seed: int
     """Seed of all randomness; 0 by default."""
     steps: int | None
@@ -121,8 +132,8 @@ class Pipeline:
         checkpoint: str | Path | None = None,
         overrides: Overrides = (),
         backend: str = "auto",
-        device: str = "auto",
-        dtype: Dtype | str = Dtype.AUTO,
+        device: str | torch.device = "auto",
+        dtype: Dtype | str | torch.dtype = Dtype.AUTO,
         random_weights: bool = False,
         pixels: bool = True,
         seed: int = 0,
@@ -133,10 +144,10 @@ class Pipeline:
         Args:
             preset: name, file or folder; by default the ``preset.yaml`` beside the checkpoint, else the default preset.
             checkpoint: weights (safetensors) to use instead of the preset's, or the folder of a training run.
-            overrides: settings such as ``model.context_frames=9``, or a mapping of them.
+            overrides: settings, as ``{"model.context_frames": 9}`` or as ``["model.context_frames=9"]``.
             backend: name, or ``auto`` for the best available one.
-            device: name, or ``auto``.
-            dtype: dtype of the model's weights, activations and cache.
+            device: name, ``auto``, or a ``torch.device``.
+            dtype: dtype of the model's weights, activations and cache: a name, ``auto``, or a ``torch.dtype``.
             random_weights: allow a preset without weights; they are then drawn from ``seed`` (for benchmarks).
             pixels: whether to load the autoencoder; without it there are latents only.
             seed: seed of random weights.
@@ -146,6 +157,12 @@ class Pipeline:
             UsageError: an argument names something that does not exist or does not fit.
             UserError: the weights can't be read.
         """
+        check_overrides(overrides)
+        check_text("backend", backend)
+        for name, value in (("preset", preset), ("checkpoint", checkpoint)):
+            if not isinstance(value, (str, Path, Preset, LoadedPreset, type(None))):
+                raise UsageError(f"{name}: {value!r} must be a name or a path")
+        seed = whole_number("seed", seed)
         loaded, weights = find_weights(preset, checkpoint, overrides)
         if weights is None and not random_weights:
             raise UsageError(
@@ -153,7 +170,7 @@ class Pipeline:
                 "some (ca2vdm import) and give them with `checkpoint`, or choose a preset with weights (ca2vdm presets)"
             )
         loaded = replace(loaded, weights_path=weights)
-        torch_device = resolve_device(device)
+        torch_device = resolve_device(str(device))
         torch_dtype = resolve_dtype(dtype, torch_device)
         chosen = choose_backend(backend, torch_device, torch_dtype)
         needs = generation_needs(
@@ -222,8 +239,9 @@ class Pipeline:
             )
         if first_frame is None:
             return self._run(frames, None, options)
-        given = self._checked(first_frame[None])
-        if frames == 1:
+        given = self._checked(first_frame, dimensions=3)
+        if whole_number("frames", frames, 1) == 1:
+            whole_numbers("videos", options.get("videos", (0,)), 0)
             return iter([VideoChunk(0, _repeat(given, options), 0.0, 0.0, 0.0, 0.0, 0)])
         return _after(_repeat(given, options), self._run(frames - 1, given, options))
 
@@ -239,17 +257,22 @@ class Pipeline:
             UsageError: a request that can't be met.
         """
         window = options.get("context_frames") or self.config.model.context_frames
-        return self._run(frames, self._checked(given)[-window:], options)
+        return self._run(frames, self._checked(given)[-whole_number("context frames", window, 1) :], options)
 
-    def _checked(self, given: Frames) -> Frames:
-        """Check frames (T, H, W, channels) from the caller."""
+    def _checked(self, given: Frames, dimensions: int = 4) -> Frames:
+        """Check frames from the caller, (T, H, W, channels) or one (H, W, channels)."""
         self._autoencoder()
         video = self.config.video
         assert video is not None
-        if given.dtype != np.uint8 or given.shape != (len(given) or 1, video.height, video.width, video.channels):
+        if not isinstance(given, np.ndarray):
+            raise UsageError(f"given frames: they must be a NumPy array, not {type(given).__name__}")
+        if dimensions == 3:
+            given = given[None]
+        size = (video.height, video.width, video.channels)
+        if given.dtype != np.uint8 or given.ndim != 4 or not len(given) or given.shape[1:] != size:
             raise UsageError(
-                f"given frames: {given.dtype} {given.shape} must be uint8 (frames, {video.height}, {video.width}, "
-                f"{video.channels}), at least one"
+                f"given frames: {given.dtype} {given.shape} must be uint8 "
+                f"(frames, {', '.join(map(str, size))}), at least one"
             )
         return given
 
@@ -259,15 +282,11 @@ class Pipeline:
         The whole request is checked at once, so that an invalid one fails before the first chunk is requested.
         """
         self._autoencoder()
-        if unknown := sorted(options.keys() - RunOptions.__annotations__.keys()):
-            raise TypeError(f"unknown option {unknown[0]}; known: {', '.join(RunOptions.__annotations__)}")
-        if frames < 1:
-            raise UsageError(f"frames: {frames} must be at least one")
+        options = _checked_options(options)
+        frames = whole_number("frames", frames, 1)
         length, sampling = self.config.model.chunk_frames, self.config.sampling
         sampler = sampler_for(self.process, sampling, name=options.get("sampler"), steps=options.get("steps"))
-        videos = list(options.get("videos", (0,)))
-        if not videos:
-            raise UsageError("videos: there must be at least one")
+        videos = whole_numbers("videos", options.get("videos", (0,)), 0)
         strategy = options.get("strategy") or "cached"
         contexts.check(strategy, "strategy")
         caption = self._caption(options, len(videos))
@@ -295,7 +314,7 @@ class Pipeline:
             extra = {"videos": videos, "seed": seed, "strategy": strategy, "prompt": prompt}
             journal.check(extra | run_facts(self.config, context, sampler, caption, given))
             run = partial(continued, journal, context, self.process, noise, chunks, run)
-        return self._stream(frames, len(videos), given, context, run, journal)
+        return self._stream(frames, videos, given, context, run, journal)
 
     def _caption(self, options: RunOptions, videos: int) -> Caption | None:
         """The caption that the videos follow; None for a model without text."""
@@ -322,7 +341,7 @@ class Pipeline:
     def _stream(
         self,
         frames: int,
-        videos: int,
+        videos: list[int],
         given: Frames | None,
         context: Context,
         run: Callable[..., Iterator[LatentChunk]],
@@ -330,15 +349,15 @@ class Pipeline:
     ) -> Iterator[VideoChunk]:
         """Encode the given frames, then decode chunk after chunk until there are enough frames."""
         began = time.perf_counter()
-        latents = None if given is None else self.encode(given[None]).expand(videos, -1, -1, -1, -1)
+        latents = None if given is None else self.encode(given[None]).expand(len(videos), -1, -1, -1, -1)
         synchronize(self.model.device)
         encode_seconds = time.perf_counter() - began
         for chunk in run(given=latents):
-            check_finite(chunk.latents, chunk.first_frame, self.model.dtype)
+            check_latents(chunk.latents, chunk.first_frame, videos, self.model.dtype)
             if journal is not None and not chunk.from_journal:
                 journal.keep(chunk, context)
             decoding = time.perf_counter()
-            pixels = self.decode(chunk.latents[:, :, :frames])
+            pixels = self.decode(chunk.latents[:, :, :frames], chunk.first_frame)
             frames -= pixels.shape[1]
             yield VideoChunk(
                 chunk.index,
@@ -354,14 +373,26 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode(self, frames: Frames) -> Tensor:
-        """Pixels (B, T, H, W, channels) uint8 at the model's size -> latents (B, C, T, h, w)."""
+        """Pixels (B, T, H, W, channels) uint8 at the model's size -> latents (B, C, T, h, w).
+
+        Raises:
+            UserError: a latent is NaN or infinite.
+        """
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.model.device)
         return encode_video(self._autoencoder(), to_floats(pixels))
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Frames:
-        """Latents (B, C, T, h, w) -> pixels (B, T, H, W, channels) uint8."""
-        return decode_video(self._autoencoder(), latents).cpu().numpy()
+    def decode(self, latents: Tensor, first_frame: int = 0) -> Frames:
+        """Latents (B, C, T, h, w) -> pixels (B, T, H, W, channels) uint8.
+
+        Args:
+            latents: of one or several videos.
+            first_frame: number of their first frame, for errors.
+
+        Raises:
+            UserError: a pixel is NaN or infinite.
+        """
+        return decode_video(self._autoencoder(), latents, first_frame).cpu().numpy()
 
     def _autoencoder(self) -> Autoencoder:
         if self.autoencoder is None:
@@ -382,20 +413,26 @@ def _load_autoencoder(preset: LoadedPreset, device: torch.device) -> Autoencoder
     return load_autoencoder(config.autoencoder, config.video, config.model.in_channels, weights).to(device)
 
 
-def check_finite(output: Tensor, frame: int, dtype: torch.dtype) -> None:
-    """Raise if the model's output contains NaN or infinity, which would be written as black frames or compare as equal.
-
-    Args:
-        output: output of the model.
-        frame: number of its first frame.
-        dtype: the model's dtype.
+def _checked_options(options: RunOptions) -> RunOptions:
+    """The options with Python's own integers, after a check of their types.
 
     Raises:
-        UserError: it contains one.
+        UsageError: one is unknown or of another type.
     """
-    if not output.isfinite().all():
-        advice = "use other weights" if dtype is torch.float32 else "try dtype float32, or other weights"
-        raise UserError(f"frame {frame}: the model's output is not finite in {dtype_name(dtype)}; {advice}")
+    check_names(options, list(RunOptions.__annotations__))
+    checked = options.copy()
+    checked["seed"] = whole_number("seed", options.get("seed", 0), 0)
+    if (steps := options.get("steps")) is not None:
+        checked["steps"] = whole_number("steps", steps, 1)
+    if (window := options.get("context_frames")) is not None:
+        checked["context_frames"] = whole_number("context frames", window, 1)
+    for name in ("sampler", "strategy", "prompt"):
+        check_text(name, options.get(name))
+    check_number("guidance", options.get("guidance"))
+    check_function("on_step", options.get("on_step"))
+    if not isinstance(options.get("caption"), Caption | None):
+        raise UsageError("caption: it must be a ca2vdm_cli.generate.loop.Caption; for text use `prompt`")
+    return checked
 
 
 def _repeat(given: Frames, options: RunOptions) -> Frames:

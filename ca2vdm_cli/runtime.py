@@ -34,6 +34,8 @@ def resolve_device(name: str) -> torch.device:
         return torch.device(f"cuda:{int(local_rank)}")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it has shapes, but no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device: {name} is not available here ({first_line(error)}); try cpu") from None
@@ -57,12 +59,14 @@ def native_bfloat16(device: torch.device) -> bool:
     return "bf16" in features.split()
 
 
-def resolve_dtype(dtype: Dtype | str, device: torch.device) -> torch.dtype:
-    """The PyTorch dtype that a setting stands for on this device.
+def resolve_dtype(dtype: Dtype | str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The PyTorch dtype that a setting stands for on this device; ``torch.float32`` is the same as ``float32``.
 
     Raises:
         UsageError: no such dtype.
     """
+    if isinstance(dtype, torch.dtype):
+        dtype = dtype_name(dtype)
     if dtype not in list(Dtype):
         raise UsageError(f"dtype: {dtype!r} is not one of {', '.join(known.value for known in Dtype)}")
     if dtype == Dtype.AUTO:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .autoencoder import Autoencoder
+from .errors import UserError
 
 FRAMES_AT_ONCE = 64
 """Frames that are encoded or decoded together; a large autoencoder has large feature maps."""
@@ -25,14 +26,39 @@ def to_uint8(frames: Tensor) -> Tensor:
 
 
 def encode_video(autoencoder: Autoencoder, frames: Tensor) -> Tensor:
-    """Frames (B, T, C, H, W) in [-1, 1] -> latents (B, c, T, h, w) float32."""
+    """Frames (B, T, C, H, W) in [-1, 1] -> latents (B, c, T, h, w) float32.
+
+    Raises:
+        UserError: a latent is NaN or infinite.
+    """
     parts = frames.flatten(0, 1).split(FRAMES_AT_ONCE)
-    latents = torch.cat([autoencoder.encode(part) for part in parts])
-    return latents.unflatten(0, frames.shape[:2]).float().transpose(1, 2)
+    latents = torch.cat([autoencoder.encode(part) for part in parts]).unflatten(0, frames.shape[:2])
+    _check_finite(latents, 0, "latents")
+    return latents.float().transpose(1, 2)
 
 
-def decode_video(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Latents (B, c, T, h, w) -> uint8 pixels (B, T, H, W, C), on the latents' device."""
+def decode_video(autoencoder: Autoencoder, latents: Tensor, first_frame: int = 0) -> Tensor:
+    """Latents (B, c, T, h, w) -> uint8 pixels (B, T, H, W, C), on the latents' device.
+
+    Args:
+        autoencoder: what decodes them.
+        latents: of one or several videos.
+        first_frame: number of their first frame, for errors.
+
+    Raises:
+        UserError: a pixel is NaN or infinite. As uint8 it would be black.
+    """
     frames = latents.transpose(1, 2)
-    parts = frames.flatten(0, 1).split(FRAMES_AT_ONCE)
-    return torch.cat([to_uint8(autoencoder.decode(part)) for part in parts]).unflatten(0, frames.shape[:2])
+    decoded = [autoencoder.decode(part) for part in frames.flatten(0, 1).split(FRAMES_AT_ONCE)]
+    pixels = torch.cat([to_uint8(part) for part in decoded])
+    if not all(part.sum().isfinite() for part in decoded):  # a sum is the cheapest check, but may overflow
+        _check_finite(torch.cat(decoded).unflatten(0, frames.shape[:2]), first_frame, "pixels")
+    return pixels.unflatten(0, frames.shape[:2])
+
+
+def _check_finite(values: Tensor, first_frame: int, what: str) -> None:
+    """Raise if frames (B, T, ...) contain NaN or infinity."""
+    finite = values.isfinite().flatten(2).all(2).all(0)  # (T,)
+    if not finite.all():
+        frame = first_frame + int((~finite).int().argmax())
+        raise UserError(f"frame {frame}: the autoencoder's {what} are not finite; check its weights")

@@ -19,7 +19,7 @@ BASE = {"errors", "config"}
 METHOD = BASE | {"model", "plugins"}
 GENERATE = METHOD | {"checkpoint", "files", "generate", "runtime"}
 VIDEO = BASE | {"interrupts", "options", "video_io", "video_codec", "data", "checkpoint", "plugins"}
-PIPELINE = GENERATE | VIDEO | {"memory", "presets", "loading", "autoencoder", "text_encoder", "pipeline"}
+PIPELINE = GENERATE | VIDEO | {"arguments", "memory", "presets", "loading", "autoencoder", "text_encoder", "pipeline"}
 
 # What each package (or top-level module) may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
@@ -46,7 +46,8 @@ ALLOWED: dict[str, set[str]] = {
     "video_metrics": {"errors", "plugins", "video_io"},
     "data": VIDEO,
     "autoencoder": BASE | {"checkpoint", "plugins"},
-    "video_codec": {"autoencoder"},
+    "video_codec": {"autoencoder", "errors"},
+    "arguments": {"errors"},
     "loading": METHOD | {"checkpoint", "memory", "presets"},
     "pipeline": PIPELINE,
     "runs": PIPELINE | {"__init__"},

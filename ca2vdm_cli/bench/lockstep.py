@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ca2vdm_cli.config import Prediction, Preset
 from ca2vdm_cli.errors import UsageError, UserError
+from ca2vdm_cli.generate.checks import check_finite
 from ca2vdm_cli.generate.context import Context, RecomputedContext, make_context
 from ca2vdm_cli.generate.diffusion import NoiseProcess
 from ca2vdm_cli.generate.loop import SeededNoise, generate, stored_caption
@@ -21,7 +22,7 @@ from ca2vdm_cli.generate.samplers import sampler_for
 from ca2vdm_cli.model.attention import Backend
 from ca2vdm_cli.model.kv_cache import TextKeysValues
 from ca2vdm_cli.model.transformer import CausalVideoTransformer
-from ca2vdm_cli.pipeline import Pipeline, check_finite
+from ca2vdm_cli.pipeline import Pipeline
 from ca2vdm_cli.runtime import PeakMemory, synchronize
 
 from .baselines import PerStepCachedContext

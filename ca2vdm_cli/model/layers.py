@@ -287,7 +287,7 @@ class CrossAttention(nn.Module):
     def keys_values(self, caption: Tensor, mask: Tensor) -> TextKeysValues:
         """Caption (B, M, D) and its mask (B, M), True at real tokens, to keys and values."""
         kv = self.kv_linear(caption).unflatten(-1, (2, self.heads, self.head_size))
-        k, v = (part.transpose(1, 2) for part in kv.unbind(-3))
+        k, v = (part.transpose(1, 2).contiguous() for part in kv.unbind(-3))  # or the layout would depend on B
         return TextKeysValues(k, v, mask[:, None, None, :])
 
     def forward(self, x: Tensor, text: TextKeysValues) -> Tensor:

@@ -96,7 +96,8 @@ class CausalVideoTransformer(nn.Module):
         Args:
             latents: (B, C, T, h, w), clean frames first. With a cache, all frames are noisy (they read it) or all are
                 clean (they are written to it and counted, see ``KVCache.commit``).
-            timestep: (B,) of the noisy frames, or (B, J) of J noisy chunks. Clean frames always have timestep 0.
+            timestep: (B,) of the noisy frames, or (B, J) of J noisy chunks; or (1,) for all videos, and a video's
+                numbers then do not depend on B. Clean frames always have timestep 0.
             plan: ``KVCache.plan`` with a cache; ``context_plan`` or ``parallel_plan`` without one.
             cache: finished frames of this video, updated in place.
             text: from ``text_keys_values``; the cache's by default.
@@ -133,7 +134,7 @@ class CausalVideoTransformer(nn.Module):
 
     def write(self, clean: Tensor, cache: KVCache, text: list[TextKeysValues] | None = None) -> None:
         """Write finished frames (B, C, P, h, w) to the cache: one forward at timestep 0."""
-        self(clean, clean.new_zeros(clean.shape[0]), cache.plan(clean.shape[2], clean=True), cache, text)
+        self(clean, clean.new_zeros(1), cache.plan(clean.shape[2], clean=True), cache, text)
 
     def context_plan(self, noisy_frames: int, start: int, window: TemporalWindow) -> SequencePlan:
         """The plan of a forward without a cache: the window before frame ``start``, then noisy frames from ``start``
