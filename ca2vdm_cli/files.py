@@ -1,4 +1,4 @@
-"""Files that survive: written whole or not at all, and locked while one process writes them."""
+"""Files of runs: JSON written whole or not at all, checksums, and locks that end with the process that holds them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .atomic import replacing
 from .errors import UserError, as_user_error
 
 PARTIAL = ".partial"
@@ -24,26 +24,13 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
 
     Args:
         path: the file; its folder exists.
-        write: writes the content to the path that it is given, an empty file in the same folder.
+        write: writes the content to the path that it is given.
 
     Raises:
         UserError: it cannot be written; the old file is left as it was.
     """
-    with as_user_error(f"{path}: cannot be written", ADVICE):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            write(temporary)
-            temporary.chmod(0o666 & ~_umask())
-            flush(temporary)
-            temporary.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        with suppress(OSError):  # some file systems can't flush folders
-            flush(path.parent)
+    with as_user_error(f"{path}: cannot be written", ADVICE), replacing(path) as temporary:
+        write(temporary)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -69,15 +56,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: missing or damaged")
     return content
-
-
-def flush(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def file_sha256(path: Path) -> str:
@@ -113,6 +91,18 @@ def hold_lock(path: Path) -> int | None:
     return handle
 
 
+def hold_marker(marker: Path) -> int | None:
+    """Like ``hold_lock``, for a file that its last holder removes before it closes the handle."""
+    while True:
+        handle = hold_lock(marker)
+        if handle is None:
+            return None
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(handle), os.stat(marker)):
+                return handle
+        os.close(handle)  # it was removed in between
+
+
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock of this file."""
     try:
@@ -137,7 +127,7 @@ def reserved(path: Path) -> Iterator[bool]:
     """
     marker = path.with_name(f".{path.name}.reserved")
     try:
-        handle = _hold_marker(marker)
+        handle = hold_marker(marker)
     except OSError:
         yield True
         return
@@ -150,21 +140,3 @@ def reserved(path: Path) -> Iterator[bool]:
         with suppress(OSError):
             marker.unlink()
         os.close(handle)
-
-
-def _hold_marker(marker: Path) -> int | None:
-    """Like ``hold_lock``, for a file that its last holder removes."""
-    while True:
-        handle = hold_lock(marker)
-        if handle is None:
-            return None
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(handle), os.stat(marker)):
-                return handle
-        os.close(handle)  # it was removed in between
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -25,7 +25,7 @@ PIPELINE = GENERATE | VIDEO | {"arguments", "memory", "presets", "loading", "aut
 ALLOWED: dict[str, set[str]] = {
     "atomic": set(),
     "errors": set(),
-    "files": {"errors"},
+    "files": {"atomic", "errors"},
     "lazy": set(),
     "options": set(),
     "hookspecs": set(),

@@ -22,14 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save, save_file
 from torch import Tensor
 
-from ca2vdm_cli.checkpoint import load_tensors
+from ca2vdm_cli.checkpoint import load_tensors, save_tensors
 from ca2vdm_cli.config import Preset
 from ca2vdm_cli.errors import UsageError, UserError, as_user_error
-from ca2vdm_cli.files import ADVICE, PARTIAL, hold_lock, read_json, write_durably, write_json
+from ca2vdm_cli.files import ADVICE, hold_lock, read_json, write_durably, write_json
 from ca2vdm_cli.runtime import dtype_name
 
 from .context import Context
@@ -46,8 +44,6 @@ SNAPSHOT_SHARE = 0.02
 """Share of the time of generating that snapshots may take."""
 SNAPSHOT_SPEED = 200e6
 """Bytes per second at which the first snapshot is expected to be written."""
-SMALL = 2**24
-"""Bytes of tensors that are copied in memory before they are written."""
 _SNAPSHOT = re.compile(r"context-([0-9]{8,12})\.safetensors")
 
 
@@ -90,7 +86,7 @@ class Journal:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Lock the folder, and remove what a killed run left half written.
+        """Lock the folder.
 
         Raises:
             UsageError: another process writes it.
@@ -102,8 +98,6 @@ class Journal:
         if lock is None:
             raise UsageError(f"journal: {self.folder}: another process is writing it; use another folder")
         try:
-            for leftover in self.folder.glob(f".*{PARTIAL}"):
-                leftover.unlink(missing_ok=True)
             if not (self.folder / FACTS_FILE).exists():
                 write_json(self.folder / FACTS_FILE, self._facts)
             yield
@@ -116,7 +110,7 @@ class Journal:
             if self.count == most or not self.chunk_path(self.count).exists():
                 return
             try:
-                tensors, metadata = _read(self.chunk_path(self.count))
+                tensors, metadata = load_tensors(self.chunk_path(self.count))
                 first_frame, latents = int(metadata["first_frame"]), tensors["latents"]
             except (UserError, KeyError, ValueError):
                 self.problems.append(f"{self.chunk_path(self.count)}: damaged; it is generated again")
@@ -134,14 +128,14 @@ class Journal:
             tensors["appended"] = chunk.appended
         self._generating += chunk.denoise_seconds + chunk.write_seconds
         seconds = f"{chunk.denoise_seconds + chunk.write_seconds:.6f}"
-        _write(self.chunk_path(chunk.index), tensors, first_frame=str(chunk.first_frame), seconds=seconds)
+        save_tensors(self.chunk_path(chunk.index), tensors, {"first_frame": str(chunk.first_frame), "seconds": seconds})
         self.count = chunk.index + 1
         if chunk.first_frame:
             self._keep_snapshot(chunk.index, context.state())
 
     def keep_given(self, appended: Tensor) -> None:
         """Write the given frames (B, C, P, h, w), perturbed if the weights were trained so."""
-        _write(self.folder / GIVEN_FILE, {"appended": appended})
+        save_tensors(self.folder / GIVEN_FILE, {"appended": appended})
 
     def has_given(self) -> bool:
         """Whether the given frames have been written."""
@@ -154,7 +148,7 @@ class Journal:
             if index > self.count:
                 continue
             try:
-                context.restore(_read(path)[0])
+                context.restore(load_tensors(path)[0])
             except (UserError, KeyError, RuntimeError, NotImplementedError):
                 self.problems.append(f"{path}: damaged; an earlier snapshot is used")
                 continue
@@ -174,7 +168,7 @@ class Journal:
 
     @staticmethod
     def _appended(path: Path) -> Tensor:
-        tensors, _ = _read(path)
+        tensors, _ = load_tensors(path)
         return tensors["appended"] if "appended" in tensors else tensors["latents"]
 
     def _keep_snapshot(self, index: int, state: dict[str, Tensor]) -> None:
@@ -185,7 +179,7 @@ class Journal:
         began = time.perf_counter()
         path = self.folder / f"context-{index:08d}.safetensors"
         try:
-            _write(path, state)
+            save_tensors(path, state)
         except UserError as error:  # a run can be resumed without it
             self.problems.append(str(error))
             self._expected = float("inf")
@@ -288,39 +282,13 @@ def share_chunks(source: Path, target: Path, count: int, *, snapshots: bool) -> 
 
 
 def _copy(source: Path, target: Path) -> None:
-    _write_bytes(target, source.read_bytes())
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata["crc32"] = _checksum(content)
-    if sum(tensor.nbytes for tensor in content.values()) < SMALL:  # Python's own errors are the clearer ones
-        write_durably(path, lambda temporary: _write_bytes(temporary, save(content, metadata)))
-        return
-    with as_user_error(f"{path}: cannot be written", ADVICE, (SafetensorError,)):
-        write_durably(path, lambda temporary: save_file(content, temporary, metadata))
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors, metadata = load_tensors(path)
-    if metadata.get("crc32") != _checksum(tensors):
-        raise UserError(f"{path}: damaged (its content differs from what was written)")
-    return tensors, metadata
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    total = 0
-    for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), total))
-    return f"{total:08x}"
+    target.write_bytes(source.read_bytes())
 
 
 def checksum(tensors: Sequence[Tensor]) -> str:
     """A short checksum of tensors: their types, shapes and first values."""
-    parts = [tensor.detach().reshape(-1)[:4096].cpu() for tensor in tensors]
-    shapes = zlib.crc32(repr([(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]).encode())
-    return f"{shapes:08x}{_checksum({f'{i:06d}': part for i, part in enumerate(parts)})}"
+    total = zlib.crc32(repr([(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]).encode())
+    for tensor in tensors:
+        values = tensor.detach().reshape(-1)[:4096].cpu()
+        total = zlib.crc32(values.view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"

@@ -14,7 +14,6 @@ While a run is trained, ``RUN/.lock`` keeps other runs out.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from ca2vdm_cli.atomic import replacing, write_file
 from ca2vdm_cli.errors import UsageError, as_user_error
+from ca2vdm_cli.files import hold_marker
 
 from .checkpoints import Checkpoint, Checkpoints, cannot_write
 
@@ -125,25 +125,16 @@ class RunFolder:
 
 def _lock(path: Path, folder: Path) -> int:
     """An open file at ``path`` that this process has locked."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(handle, 32).decode("ascii", "replace").strip()
-            os.close(handle)
-            process = f" (process {owner})" if owner.isdigit() else ""
-            raise UsageError(
-                f"out: {folder} is in use by another training{process}; wait for it, or choose another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            return handle
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), path.stat()):
-                os.truncate(handle, 0)
-                os.write(handle, str(os.getpid()).encode())
-                return handle
-        os.close(handle)  # its owner removed the file before it was locked
+    handle = hold_marker(path)
+    if handle is None:
+        owner = ""
+        with suppress(OSError):
+            owner = path.read_text(encoding="ascii", errors="replace").strip()
+        process = f" (process {owner})" if owner.isdigit() else ""
+        raise UsageError(f"out: {folder} is in use by another training{process}; wait for it, or choose another folder")
+    os.truncate(handle, 0)
+    os.write(handle, str(os.getpid()).encode())
+    return handle
 
 
 def _step_of(line: str) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from command_kit import GENERATE, Make, Refused, Report, apart, ca2vdm, clip, load, save
 
-from ca2vdm_cli import files
+from ca2vdm_cli import atomic
 from ca2vdm_cli.commands import generate
 from ca2vdm_cli.files import hold_lock
 from ca2vdm_cli.generate.context import Context
@@ -38,10 +38,10 @@ def stopped(weights: Path) -> Callable[..., None]:
     def stopped(chunk: int, *arguments: object) -> None:
         decode, calls = Pipeline.decode, iter(range(1000))
 
-        def interrupting(pipeline: Pipeline, latents: Any) -> Any:
+        def interrupting(pipeline: Pipeline, *arguments: Any) -> Any:
             if next(calls) == chunk:
                 signal.raise_signal(signal.SIGINT)
-            return decode(pipeline, latents)
+            return decode(pipeline, *arguments)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Pipeline, "decode", interrupting)
@@ -252,15 +252,15 @@ def test_damage(name: str, make: Make, stopped: Callable[..., None], capsys: pyt
 
 def test_a_full_disk(make: Make, weights: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make("sample", "--frames", FRAMES)
-    flush, calls = files.flush, iter(range(1000))
+    to_disk, calls = atomic.to_disk, iter(range(1000))
 
     def full(path: Path) -> None:
         if next(calls) == 12:
             raise OSError(28, "No space left on device")
-        flush(path)
+        to_disk(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "flush", full)
+        patch.setattr(atomic, "to_disk", full)
         request = ["sample", "--preset", weights, *GENERATE, "--frames", FRAMES, "-q", "--run", "take", "-o", "o.npz"]
         line = refused(1, *request)
     assert "cannot be written (No space left on device); check permissions and free space; continue with" in line

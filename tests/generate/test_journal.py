@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ca2vdm_cli import checkpoint
 from ca2vdm_cli.config import DiffusionConfig, SamplingConfig
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.files import hold_lock
@@ -212,7 +213,7 @@ def test_failing_at_each_step_of_writing(
 
         return wrapped
 
-    for owner, name in ((os, "fsync"), (os, "chmod"), (Path, "replace"), (module, "_write_bytes")):
+    for owner, name in ((os, "fsync"), (os, "chmod"), (Path, "replace"), (checkpoint, "save_file")):
         monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
     for operation in range(1, 200):
         left[0] = operation
