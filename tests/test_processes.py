@@ -29,7 +29,7 @@ KILLED = -9
 # Kills the process (as ``kill -9`` does) at the n-th disk operation of saving; files are left half written.
 DRIVER = """
 import os, pathlib, signal, sys
-from ca2vdm_cli.training import run_folder
+from ca2vdm_cli.training import checkpoints
 from ca2vdm_cli.__main__ import main
 
 left = int(sys.argv.pop(1))
@@ -47,9 +47,9 @@ def fatal(function):
         return function(*arguments, **options)
     return wrapped
 
-save_tensors = run_folder.save_tensors
-run_folder.save_tensors = fatal(save_tensors)
-run_folder.to_disk = fatal(run_folder.to_disk)
+save_tensors = checkpoints.save_tensors
+checkpoints.save_tensors = fatal(save_tensors)
+checkpoints.to_disk = fatal(checkpoints.to_disk)
 pathlib.Path.rename = fatal(pathlib.Path.rename)
 pathlib.Path.replace = fatal(pathlib.Path.replace)
 sys.exit(main())
