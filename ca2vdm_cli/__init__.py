@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .presets import LoadedPreset, list_presets, load_preset
     from .training.callbacks import TrainingCallbacks
     from .training.setup import TrainingResult, train
+    from .video_io import Video, read_video, write_video
     from .video_metrics import Metric
 
 STARTED = perf_counter()
@@ -49,6 +50,7 @@ _HOME = {  # name: the module it lives in
     "TrainingResult": "training.setup",
     "UsageError": "errors",
     "UserError": "errors",
+    "Video": "video_io.arrays",
     "VideoChunk": "pipeline",
     "autoencoders": "plugins",
     "backends": "plugins",
@@ -58,9 +60,11 @@ _HOME = {  # name: the module it lives in
     "list_presets": "presets",
     "load_preset": "presets",
     "metrics": "plugins",
+    "read_video": "video_io.arrays",
     "readers": "plugins",
     "samplers": "plugins",
     "train": "training.setup",
+    "write_video": "video_io.arrays",
 }
 __all__ = [
     "Autoencoder",
@@ -80,6 +84,7 @@ __all__ = [
     "TrainingResult",
     "UsageError",
     "UserError",
+    "Video",
     "VideoChunk",
     "__version__",
     "autoencoders",
@@ -90,9 +95,11 @@ __all__ = [
     "list_presets",
     "load_preset",
     "metrics",
+    "read_video",
     "readers",
     "samplers",
     "train",
+    "write_video",
 ]
 
 

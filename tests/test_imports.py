@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": PIPELINE | {"__init__"},
     "__init__": {
         *("autoencoder", "config", "data", "errors", "generate", "hookspecs", "model", "pipeline", "plugins"),
-        *("presets", "training", "video_metrics"),
+        *("presets", "training", "video_io", "video_metrics"),
     },  # imported when they are used
     "commands": PIPELINE | {"__init__", "bench", "interrupts", "processes", "terminal", "training"},
     "cli": {"__init__", "commands", "errors", "options", "plugins", "presets"},

@@ -9,22 +9,22 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
 from ca2vdm_cli import STARTED
 from ca2vdm_cli.config import VideoConfig
-from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.interrupts import held_interrupts
 from ca2vdm_cli.pipeline import Pipeline, RunOptions, VideoChunk
-from ca2vdm_cli.processes import launched, share_of
+from ca2vdm_cli.processes import group, launched, share_of
 from ca2vdm_cli.runtime import dtype_name, peak_memory
 from ca2vdm_cli.terminal import ProgressBar, note, print_json, print_run_report, status
 from ca2vdm_cli.video_io import (
@@ -38,6 +38,8 @@ from ca2vdm_cli.video_io import (
     open_writer,
     to_channels,
 )
+
+from .outcome import merged, with_finished_frames
 
 FrameMap = Callable[[Frame], Frame]
 """Turns a frame into one of another size."""
@@ -135,6 +137,7 @@ def run_extend(
         blank = np.zeros((1, video.height, video.width, video.channels), np.uint8)
         pipeline.extend(blank, run.frames, **options)  # rejects an invalid request before the input is read
         if not run.targets:  # another process's share
+            run.report()
             return
         window: deque[Frame] = deque(maxlen=options.get("context_frames") or pipeline.config.model.context_frames)
         with run.open_outputs():
@@ -151,6 +154,7 @@ def run_extend(
 
 
 def _load(load: LoadOptions, *, quiet: bool) -> tuple[Pipeline, VideoConfig]:
+    group()  # waits for the other processes
     with status("loading", quiet=quiet):
         pipeline = Pipeline.load(**load)
     if pipeline.config.video is None:
@@ -237,6 +241,15 @@ class Generation:
                 result = f"{self.new_frames} new frames are in {names}"
                 note(f"interrupted: {result if self.new_frames else 'no new frame was generated'}", quiet=self.quiet)
                 raise
+            except Exception as error:
+                group().fail()
+                with suppress(UserError, OSError):
+                    stack.close()
+                written = [writer.name for writer in self.writers if writer.frames]
+                shown = with_finished_frames(error, self.new_frames, written)
+                if shown is error:
+                    raise
+                raise shown from error
 
     @contextmanager
     def timed_input(self) -> Iterator[None]:
@@ -291,12 +304,17 @@ class Generation:
 
     def report(self) -> None:
         """Print what was generated and how long it took: as JSON, for people, or not at all."""
-        if (self.quiet and not self.output.as_json) or not self.targets or launched()[0]:
-            return
+        reports = group().gather(self._own_report())
+        if self.output.as_json and reports:
+            print_json(merged(reports))
+        elif not self.quiet and reports:
+            print_run_report(merged(reports))
+
+    def _own_report(self) -> dict[str, Any]:
         pipeline, options = self.pipeline, self.options
         seconds = time.perf_counter() - STARTED
         strategy = options.get("strategy") or "cached"
-        report = {
+        return {
             "frames": self.frames,
             "input_frames": self.input_frames,
             "num_videos": len(self.targets),
@@ -322,7 +340,3 @@ class Generation:
             **{f"{name}_seconds": spent for name, spent in self.seconds.items()},
             "startup_seconds": max(0.0, seconds - sum(self.seconds.values())),
         }
-        if self.output.as_json:
-            print_json(report)
-        else:
-            print_run_report(report)

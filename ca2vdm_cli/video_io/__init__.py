@@ -2,6 +2,7 @@
 
 from ca2vdm_cli.options import Aspect
 
+from .arrays import Video, read_video, write_video
 from .frames import (
     IMAGE_SUFFIXES,
     Frame,
@@ -23,6 +24,7 @@ __all__ = [
     "Geometry",
     "OutputFormat",
     "Size",
+    "Video",
     "VideoReader",
     "VideoWriter",
     "contact_sheet",
@@ -31,7 +33,9 @@ __all__ = [
     "open_stream",
     "open_writer",
     "read_errors",
+    "read_video",
     "to_channels",
     "to_rgb",
     "write_image",
+    "write_video",
 ]
