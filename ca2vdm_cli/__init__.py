@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .training.callbacks import TrainingCallbacks
     from .training.run import TrainingResult
     from .training.setup import train
+    from .video_io import Video, read_video, write_video
     from .video_metrics import Metric
 
 STARTED = perf_counter()
@@ -50,6 +51,7 @@ _HOME = {  # name: the module it lives in
     "TrainingResult": "training.run",
     "UsageError": "errors",
     "UserError": "errors",
+    "Video": "video_io.arrays",
     "VideoChunk": "pipeline",
     "autoencoders": "plugins",
     "backends": "plugins",
@@ -59,9 +61,11 @@ _HOME = {  # name: the module it lives in
     "list_presets": "presets",
     "load_preset": "presets",
     "metrics": "plugins",
+    "read_video": "video_io.arrays",
     "readers": "plugins",
     "samplers": "plugins",
     "train": "training.setup",
+    "write_video": "video_io.arrays",
 }
 __all__ = [
     "Autoencoder",
@@ -81,6 +85,7 @@ __all__ = [
     "TrainingResult",
     "UsageError",
     "UserError",
+    "Video",
     "VideoChunk",
     "__version__",
     "autoencoders",
@@ -91,9 +96,11 @@ __all__ = [
     "list_presets",
     "load_preset",
     "metrics",
+    "read_video",
     "readers",
     "samplers",
     "train",
+    "write_video",
 ]
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import resource
 import signal
 import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
-from .errors import UserError
+from .errors import NO_MEMORY_TO_LOAD, UsageError, UserError, out_of_memory
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """As in glibc's malloc.h; the largest mmap threshold there is 32 MiB."""
+LOADING_BYTES = 850 * 2**20
+"""Address space that PyTorch's CPU build and the smallest model need."""
+WITHOUT_TORCH = {"presets", "plugins", "runs", "--help", "-h", "--version"}
+"""Commands and flags that do not load PyTorch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _treat_termination_as_interrupt()
     _keep_freed_memory()
     try:
+        _check_surroundings(given)
         from .cli import run
 
         code = run([argument for argument in given if argument != "--debug"])
@@ -43,35 +49,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        from .terminal import print_error
+        shown = error if isinstance(error, UserError) else out_of_memory(error)
+        try:
+            shown = shown or _user_error(error)
+            from .terminal import print_error
 
-        shown = _user_error(error)
-        print_error(shown)
+            print_error(shown)
+        except (MemoryError, ImportError):  # memory is too short even for that
+            shown = shown or UserError("out of memory")
+            sys.stderr.write(f"error: {shown}\n")
         return shown.exit_code
 
 
+def _check_surroundings(arguments: Sequence[str]) -> None:
+    """Check what would end the process while PyTorch is loaded, with a message of its libraries.
+
+    Raises:
+        UserError: the working directory has been deleted, or the limit of memory is too low.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        raise UsageError("the working directory no longer exists; change to another") from None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    needs_torch = bool(arguments) and not WITHOUT_TORCH.intersection(arguments)
+    if needs_torch and limit != resource.RLIM_INFINITY and limit < LOADING_BYTES:
+        raise UserError(NO_MEMORY_TO_LOAD)
+
+
 def _user_error(error: Exception) -> UserError:
-    """The error to show for any exception."""
+    """The error to show for an exception that is neither a ``UserError`` nor a lack of memory."""
     from .plugins import one_line, plugin_failure
 
-    if isinstance(error, UserError):
-        return error
-    if _is_out_of_memory(error):
-        return UserError("out of memory; use a smaller batch, window or size (ca2vdm plan says what fits)")
     if failure := plugin_failure(error):
         return failure
     if isinstance(error, OSError) and error.strerror:  # a full disk, a file without permission
         place = error.filename if isinstance(error.filename, str) else "output"
         return UserError(f"{place}: {error.strerror}; check permissions and free space")
     return UserError(f"{one_line(error)} (a bug in ca2vdm; --debug shows the traceback, please report it)")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch has an exception type for GPU memory only; on the CPU, only the message identifies the problem."""
-    words = ("not enough memory", "can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-    )
 
 
 def _open_closed_streams() -> None:

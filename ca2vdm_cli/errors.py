@@ -32,6 +32,27 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
+NO_MEMORY_TO_LOAD = "out of memory while loading the program; free some, or allow it more (ulimit -v)"
+
+
+def out_of_memory(error: BaseException) -> UserError | None:
+    """The error to show if memory ran out; None if ``error`` is another.
+
+    PyTorch has an exception type for GPU memory only, and a library that can't be loaded says so in an ImportError.
+    """
+    words = ("not enough memory", "allocate memory", "out of memory", "failed to map segment")
+    if not isinstance(error, MemoryError) and not (
+        isinstance(error, (RuntimeError, ImportError, OSError)) and any(word in str(error).lower() for word in words)
+    ):
+        return None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "<module>":  # a module is being imported
+            return UserError(NO_MEMORY_TO_LOAD)
+        trace = trace.tb_next
+    return UserError("out of memory; use a smaller batch, window or size (ca2vdm plan says what fits)")
+
+
 @contextmanager
 def as_user_error(failure: str, advice: str = "", errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
     """Turn an error in the block into a ``UserError`` of one line: ``failure (reason); advice``.

@@ -269,7 +269,7 @@ def print_run_report(report: Mapping[str, Any]) -> None:
         output = output[0] if len(output) == 1 else f"{output[0]} … {output[-1]}"
     frames = f"{report['frames']} {'new ' if report['input_frames'] else ''}frame{'' if report['frames'] == 1 else 's'}"
     what = frames + (f" × {report['num_videos']} videos" if report["num_videos"] > 1 else "")
-    what += f" in the first of {report['processes']} processes" if report["processes"] > 1 else ""
+    what += f" in {report['processes']} processes" if report["processes"] > 1 else ""
     out.print(
         Text.assemble(
             ("✔ ", "green"),

@@ -25,6 +25,7 @@ each name is loaded on first use. [Plug-ins](plugins.md) has examples of the bas
 """
 SECTIONS = {
     "Generating": ("pipeline",),
+    "Video files": ("video_io",),
     "Presets": ("presets", "config"),
     "Training": ("training", "data.source"),
     "Registries": ("plugins",),

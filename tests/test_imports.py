@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": PIPELINE | {"__init__"},
     "__init__": {
         *("autoencoder", "config", "data", "errors", "generate", "hookspecs", "model", "pipeline", "plugins"),
-        *("presets", "training", "video_metrics"),
+        *("presets", "training", "video_io", "video_metrics"),
     },  # imported when they are used
     "commands": PIPELINE
     | {"__init__", "atomic", "bench", "interrupts", "processes", "published", "runs", "terminal", "training"},

@@ -19,7 +19,7 @@ from ca2vdm_cli.config import VideoConfig
 from ca2vdm_cli.errors import UsageError, as_user_error
 from ca2vdm_cli.files import ADVICE, file_sha256
 from ca2vdm_cli.pipeline import Pipeline, RunOptions
-from ca2vdm_cli.processes import launched, share_of
+from ca2vdm_cli.processes import group, launched, share_of
 from ca2vdm_cli.runs.record import INPUT_FILE, InputVideo, Request, RunFolder
 from ca2vdm_cli.terminal import status
 from ca2vdm_cli.video_io import Aspect, Frame, Geometry, Size, open_reader, to_channels
@@ -60,6 +60,7 @@ def run_sample(
         targets = output.targets(num_videos, "sample", stack)
         request = _request("sample", pipeline, options, output, frames, num_videos, targets, stack, video.fps)
         if not request.videos:  # all are other processes' share
+            Generation(pipeline, request, output).report()
             return
         if first_frame is not None:
             path, from_file = os.path.abspath(first_frame), first_frame != "-"
@@ -104,6 +105,7 @@ def run_extend(
         fps = reader.fps or video.fps
         request = _request("extend", pipeline, options, output, frames, num_videos, targets, stack, fps)
         if not request.videos:  # all are other processes' share
+            Generation(pipeline, request, output).report()
             return
         pipeline.extend(blank, request.frames, **RunOptions(**request.options))  # type: ignore[typeddict-item]
         if folder is not None or output.manifest:
@@ -187,6 +189,7 @@ def _same_file(path: str, other: str) -> bool:
 
 
 def _load(load: LoadOptions, *, quiet: bool) -> tuple[Pipeline, VideoConfig]:
+    group()  # waits for the other processes
     with status("loading", quiet=quiet):
         pipeline = Pipeline.load(**load)
     if pipeline.config.video is None:

@@ -22,7 +22,7 @@ from ca2vdm_cli import STARTED
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.interrupts import held_interrupts, released_interrupts
 from ca2vdm_cli.pipeline import Pipeline, RunOptions, VideoChunk
-from ca2vdm_cli.processes import launched
+from ca2vdm_cli.processes import group, launched
 from ca2vdm_cli.runs.manifest import Manifest, manifest_path, output_sha256, video_metadata, write_manifest
 from ca2vdm_cli.runs.provenance import Provenance
 from ca2vdm_cli.runs.record import Request, RunFolder, RunRecord
@@ -30,6 +30,7 @@ from ca2vdm_cli.runtime import dtype_name, peak_memory
 from ca2vdm_cli.terminal import ProgressBar, note, print_json, print_run_report, status
 from ca2vdm_cli.video_io import Frame, VideoReader, VideoWriter, open_writer, to_channels
 
+from .outcome import merged, with_finished_frames
 from .outputs import OutputOptions
 
 FrameMap = Callable[[Frame], Frame]
@@ -97,15 +98,27 @@ class Generation:
                 note(message + self._how_to_resume(), quiet=self.quiet)
                 raise
             except BaseException as error:
+                group().fail()
                 with suppress(UserError, OSError):
                     stack.close()
                 self._end_session()
-                if isinstance(error, UserError) and not isinstance(error, UsageError) and self._how_to_resume():
-                    raise UserError(f"{error}{self._how_to_resume()}", error.exit_code) from error
-                raise
+                shown = self._with_what_is_finished(error)
+                if shown is error:
+                    raise
+                raise shown from error
         self._end_session(finished=True)
         if self.output.manifest and self.request.outputs != [""]:
             self._write_manifests()
+
+    def _with_what_is_finished(self, error: BaseException) -> BaseException:
+        """The error that ended the run, with the place of its finished frames, and how to go on."""
+        shown = error
+        if not any(writer.failed for writer in self.writers):  # a failed writer has said where its frames are
+            names = [writer.name for writer in self.writers if writer.frames]
+            shown = with_finished_frames(error, self.new_frames, names)
+        if isinstance(shown, UserError) and not isinstance(shown, UsageError) and self._how_to_resume():
+            return UserError(f"{shown}{self._how_to_resume()}", shown.exit_code)
+        return shown
 
     def open_writer(self, target: str) -> VideoWriter:
         """Prepare to write one output; an empty name discards the frames."""
@@ -293,13 +306,18 @@ class Generation:
 
     def report(self) -> None:
         """Print what was generated and how long it took: as JSON, for people, or not at all."""
+        reports = group().gather(self._own_report())
+        if self.output.as_json and reports:
+            print_json(merged(reports))
+        elif not self.quiet and reports:
+            print_run_report(merged(reports))
+
+    def _own_report(self) -> dict[str, Any]:
         request, targets = self.request, self.request.outputs
-        if (self.quiet and not self.output.as_json) or not targets or launched()[0]:
-            return
         pipeline, options = self.pipeline, self.options
         seconds = time.perf_counter() - STARTED
         strategy = options.get("strategy") or "cached"
-        report: dict[str, Any] = {
+        return {
             "frames": request.frames,
             "input_frames": self.input_frames,
             "num_videos": len(targets),
@@ -327,16 +345,12 @@ class Generation:
             **{f"{name}_seconds": spent for name, spent in self.seconds.items()},
             "startup_seconds": max(0.0, seconds - sum(self.seconds.values())),
         }
-        if self.output.as_json:
-            print_json(report)
-        else:
-            print_run_report(report)
 
 
 class _Discarded:
     """Takes the place of a writer, if the frames are only compared."""
 
-    name, is_pipe, frames = "", False, 0
+    name, is_pipe, failed, frames = "", False, False, 0
 
     def write(self, frame: Frame, *, copied: bool = False) -> None:
         self.frames += 1

@@ -2,6 +2,7 @@
 
 from ca2vdm_cli.options import Aspect
 
+from .arrays import Video, read_video, write_video
 from .ffmpeg import Converter, decoder, frame_count, frame_rate, indexed_times, look_ahead, open_stream
 from .formats import OutputFormat
 from .frames import (
@@ -28,6 +29,7 @@ __all__ = [
     "Geometry",
     "OutputFormat",
     "Size",
+    "Video",
     "VideoReader",
     "VideoWriter",
     "contact_sheet",
@@ -43,6 +45,8 @@ __all__ = [
     "open_writer",
     "read_errors",
     "read_image",
+    "read_video",
     "to_channels",
     "write_image",
+    "write_video",
 ]

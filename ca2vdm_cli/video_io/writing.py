@@ -60,6 +60,11 @@ class VideoWriter:
         """The unfinished output, once there is a frame; None before, for pipes, and after the writer is closed."""
         return self._output.partial if self._output and not self._closed else None
 
+    @property
+    def failed(self) -> bool:
+        """Whether a frame could not be written, or the output not be finished."""
+        return self._failed
+
     def write(self, frame: Frame, *, copied: bool = False) -> None:
         """Append a uint8 frame: (H, W, 3) RGB, or gray as (H, W, 1) or (H, W).
 
@@ -105,6 +110,7 @@ class VideoWriter:
                 with write_errors(self.name):
                     self._finish(self._output)
         except UserError as error:
+            self._failed = True
             if not self._output.kept:
                 self._output.discard()
             raise self._stop(error) from error
