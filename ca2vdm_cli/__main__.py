@@ -16,6 +16,8 @@ from .errors import NO_MEMORY_TO_LOAD, UsageError, UserError, out_of_memory
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """As in glibc's malloc.h; the largest mmap threshold there is 32 MiB."""
+SPIN_COUNT = "10000"
+"""How often an idle OpenMP thread looks for work before it sleeps. GNU OpenMP's default is 300,000."""
 LOADING_BYTES = 850 * 2**20
 """Address space that PyTorch's CPU build and the smallest model need."""
 WITHOUT_TORCH = {"presets", "plugins", "runs", "--help", "-h", "--version"}
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_closed_streams()
     _treat_termination_as_interrupt()
     _keep_freed_memory()
+    _shorten_spinning()
     try:
         _check_surroundings(given)
         from .cli import run
@@ -117,6 +120,16 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 2**30)
         mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
+def _shorten_spinning() -> None:
+    """Let PyTorch's idle CPU threads give way to other programs soon, unless the environment configures them.
+
+    By default they spin for so long that, if other programs compete for the CPUs, the threads that have work wait for
+    those that have none, and everything becomes many times slower. OpenMP reads these variables when PyTorch is loaded.
+    """
+    if not any(name in os.environ for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")):
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def _discard_output() -> None:

@@ -280,6 +280,20 @@ def test_freed_memory_is_kept_unless_the_environment_configures_it(own: bool, mo
     assert asked == ([] if own else [(-1, 2**30), (-3, 2**25)])
 
 
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_idle_threads_sleep_soon_unless_the_environment_configures_it(
+    own: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # puts the present value back afterwards
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert ca2vdm("--version") == 0
+    settings = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    assert settings == (own or {"GOMP_SPINCOUNT": "10000"})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [[sys.executable, "-m", "ca2vdm_cli"], ["ca2vdm"]])
 def test_program(program: list[str]) -> None:
