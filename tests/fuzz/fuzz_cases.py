@@ -179,10 +179,10 @@ def presets(draw: DrawFn, material: Material) -> Case:
     ways = ["mapping", "mapping", "text", "bytes", "damaged", "override", "override", "nested", "size"]
     how = draw(st.sampled_from(ways))
     if how == "size":
-        keys = st.lists(st.sampled_from(counts()), min_size=1, max_size=2, unique=True)
-        changes = [f"{key}={draw(st.sampled_from(HUGE))}" for key in draw(keys)]
-        changes += draw(st.sampled_from([[], ["training.prefix_lengths="]]))
-        return Case((*show, "tiny", *(part for change in changes for part in ("--set", change))), {})
+        huge = draw(st.lists(st.sampled_from(counts()), min_size=1, max_size=2, unique=True))
+        sizes = [f"{key}={draw(st.sampled_from(HUGE))}" for key in huge]
+        sizes += draw(st.sampled_from([[], ["training.prefix_lengths="]]))
+        return Case((*show, "tiny", *(part for size in sizes for part in ("--set", size))), {})
     if how == "override":
         keys = st.one_of(st.sampled_from(settings()), TEXTS, st.sampled_from(settings()).map(lambda key: key + "x"))
         changes = draw(st.lists(st.tuples(keys, YAML_VALUES), min_size=1, max_size=3))
