@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import pickle
-import resource
 import shlex
 import subprocess
 import sys
@@ -38,8 +37,6 @@ BATCH = 500
 """Cases per process."""
 PROGRAM_EVERY = 250
 """Each case of this number also runs as a program of its own, which must end in the same way."""
-LIMIT_DATA = 6 * 2**30
-"""Memory that the process of a batch may take."""
 SILENCE_SECONDS = 4 * LIMIT_WAIT
 """A process that finishes no case for so long is killed; start-up takes some of it."""
 
@@ -98,9 +95,6 @@ class Batch:
 
 def run_batch(batch: Batch) -> None:
     """In a process of its own: generate the batch's cases, and run those that are not finished."""
-    resource.setrlimit(
-        resource.RLIMIT_DATA, (LIMIT_DATA, LIMIT_DATA)
-    )  # what takes more is a finding, not a dead machine
     material, parent = load_material(batch.folder), os.getppid()
     finished = len(batch.lines())
     number = 0

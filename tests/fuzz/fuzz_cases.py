@@ -44,6 +44,7 @@ class Case:
 NUMBERS = st.sampled_from(
     [0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 48, 64, 100, 1000, 2**15, 10**8, 2**31, 2**63 - 1, 2**63, 10**30]
 )
+HUGE = [10**5, 10**7, 10**8, 2**31, 10**12, 2**63 - 1, 2**64, 10**400]
 TEXTS = st.one_of(
     st.sampled_from(
         ["", " ", "-", "--", "-1", "0", "x", "none", "null", "true", "auto", "cached", "é", "\x1b[31m", "a\nb"]
@@ -90,6 +91,17 @@ def settings() -> tuple[str, ...]:
         return names
 
     return tuple(walk(_all_settings()))
+
+
+@cache
+def counts() -> list[str]:
+    """The settings that are whole numbers."""
+
+    def value(key: str) -> Any:
+        section, _, name = key.rpartition(".")
+        return (_all_settings()[section] or {}).get(name) if section else _all_settings()[name]
+
+    return [key for key in settings() if type(value(key)) is int]
 
 
 @cache
@@ -164,7 +176,13 @@ FRAGMENTS = [
 def presets(draw: DrawFn, material: Material) -> Case:
     """``presets show`` of a file that is not quite a preset, or with changes that are not quite settings."""
     show = ("presets", "show")
-    how = draw(st.sampled_from(["mapping", "mapping", "text", "bytes", "damaged", "override", "override", "nested"]))
+    ways = ["mapping", "mapping", "text", "bytes", "damaged", "override", "override", "nested", "size"]
+    how = draw(st.sampled_from(ways))
+    if how == "size":
+        huge = draw(st.lists(st.sampled_from(counts()), min_size=1, max_size=2, unique=True))
+        sizes = [f"{key}={draw(st.sampled_from(HUGE))}" for key in huge]
+        sizes += draw(st.sampled_from([[], ["training.prefix_lengths="]]))
+        return Case((*show, "tiny", *(part for size in sizes for part in ("--set", size))), {})
     if how == "override":
         keys = st.one_of(st.sampled_from(settings()), TEXTS, st.sampled_from(settings()).map(lambda key: key + "x"))
         changes = draw(st.lists(st.tuples(keys, YAML_VALUES), min_size=1, max_size=3))
@@ -224,7 +242,7 @@ def models(draw: DrawFn, material: Material) -> Case:
         elif isinstance(now, bool):
             put(mapping, key, draw(st.booleans()))
         elif isinstance(now, int):
-            put(mapping, key, draw(SMALL))
+            put(mapping, key, draw(SMALL) if draw(st.integers(0, 9)) else draw(st.sampled_from(HUGE)))
         elif isinstance(now, float):
             put(mapping, key, draw(st.sampled_from([0, 0.0, 1e-9, 0.5, 1, 2.5, 1e9, -1.0])))
     put(mapping, "training.autoencoder_steps", 1)

@@ -30,6 +30,8 @@ LIMIT_WAIT = 300.0
 """So does one that ends no sooner, however busy the machine is."""
 LIMIT_BYTES = 2**30
 """Memory that a case may take beyond what earlier ones took."""
+LIMIT_DATA = 6 * 2**30
+"""Memory that the process may take: what wants more is a finding, not a dead machine."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "COLUMNS": "80"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -152,6 +154,8 @@ def _surroundings(folder: Path, out: io.TextIOWrapper, err: io.TextIOWrapper) ->
     os.environ.update(OFFLINE, HOME=str(folder))
     os.chdir(folder)
     measure, estimate.MEASURE_SECONDS = estimate.MEASURE_SECONDS, 0.02
+    data = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_DATA, data[1]))
     alarms = {number: signal.signal(number, _stop) for number in (signal.SIGALRM, signal.SIGPROF)}
     with (
         open(os.devnull, encoding="utf-8") as nothing,
@@ -168,6 +172,7 @@ def _surroundings(folder: Path, out: io.TextIOWrapper, err: io.TextIOWrapper) ->
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
+            resource.setrlimit(resource.RLIMIT_DATA, data)
             sys.stdin = stdin
             for number, handler in (handlers | alarms).items():
                 signal.signal(number, handler)
