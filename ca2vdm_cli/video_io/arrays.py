@@ -74,7 +74,7 @@ def write_video(
     format: str | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Write a video, as ``ca2vdm sample -o`` does.
+    """Write a video, as ``ca2vdm sample`` does.
 
     Frames may come one at a time, such as those of a generator, so that a long video need not fit in memory:
 
