@@ -182,7 +182,9 @@ FpsOption = Annotated[
     float | None,
     typer.Option(metavar="FPS", help="Frames per second of the output. Default: the input's, or the preset's."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object with all results on standard output.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object with all results on standard output; keys: docs/json.md.")
+]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 RunOption = Annotated[
     Path | None,

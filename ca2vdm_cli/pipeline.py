@@ -55,31 +55,35 @@ Frames = np.ndarray
 
 
 class RunOptions(TypedDict, total=False):
-    """Options of ``Pipeline.sample`` and ``Pipeline.extend``; all have a default."""
+    """Options of ``Pipeline.sample`` and ``Pipeline.extend``; all have a default.
+
+    Args:
+        videos: which videos to generate together; video 0 by default. Video k of a seed does not depend on the others;
+            docs/getting-started.md says how exactly.
+        seed: seed of all randomness; 0 by default.
+        steps: number of denoising steps; the preset's by default.
+        sampler: name of a sampler; the preset's by default.
+        strategy: name of a context; ``cached`` by default.
+        context_frames: window in frames; the preset's by default.
+        prompt: what all videos show, for presets with a text encoder; the stored unconditional caption by default.
+        guidance: how strongly to follow the prompt; the preset's by default.
+        caption: text embeddings, one row per video, instead of a prompt.
+        on_step: called with (chunk index, steps done).
+        journal: a folder that keeps each finished chunk. The same call later reads them from there and generates the
+            rest.
+    """
 
     videos: Sequence[int]
-    """Which videos to generate together; video 0 by default. Video k of a seed does not depend on what is generated
-    beside it, except for rounding: see "Reproducibility" in docs/getting-started.md."""
     seed: int
-    """Seed of all randomness; 0 by default."""
     steps: int | None
-    """Number of denoising steps; the preset's by default."""
     sampler: str | None
-    """Name of a sampler; the preset's by default."""
     strategy: str
-    """Name of a context; ``cached`` by default."""
     context_frames: int | None
-    """Window in frames; the preset's by default."""
     prompt: str | None
-    """What all videos show, for presets with a text encoder; the stored unconditional caption by default."""
     guidance: float | None
-    """How strongly to follow the prompt; the preset's by default."""
     caption: Caption | None
-    """Text embeddings, one row per video, instead of a prompt."""
     on_step: Callable[[int, int], None] | None
-    """Called with (chunk index, steps done)."""
     journal: Journal | str | Path | None
-    """A folder that keeps each finished chunk. The same call later reads them from there and generates the rest."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,8 @@ class Pipeline:
             frames: length in frames, including the given one; any number.
             first_frame: (H, W, channels) uint8 at the model's size; needed by weights that were not trained to start
                 from an empty context.
-            options: see ``RunOptions``.
+            options: videos, seed, steps, sampler, strategy, context_frames, prompt, guidance, caption, on_step, journal;
+                see ``help(ca2vdm_cli.RunOptions)``.
 
         Raises:
             UsageError: the request can't be met.
@@ -251,7 +256,8 @@ class Pipeline:
         Args:
             given: (T, H, W, channels) uint8 at the model's size; the last ones that fit the window are used.
             frames: number of new frames.
-            options: see ``RunOptions``.
+            options: videos, seed, steps, sampler, strategy, context_frames, prompt, guidance, caption, on_step, journal;
+                see ``help(ca2vdm_cli.RunOptions)``.
 
         Raises:
             UsageError: a request that can't be met.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pydoc
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,14 @@ def test_public_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Pipelines'"):
         ca2vdm_cli.Pipelines  # noqa: B018
     assert issubclass(UsageError, UserError)
+
+
+def test_help_explains_every_option() -> None:
+    text = pydoc.render_doc(ca2vdm_cli.RunOptions)
+    method = pydoc.render_doc(Pipeline.sample)
+    for option in ca2vdm_cli.RunOptions.__annotations__:
+        assert re.search(rf"^ .*\b{option}: \w+", text, re.MULTILINE), option
+        assert re.search(rf"\b{option}\b", method), option
 
 
 def test_sample_yields_chunks(pipeline: Pipeline) -> None:

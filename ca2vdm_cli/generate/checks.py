@@ -11,7 +11,7 @@ from torch import Tensor
 from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.runtime import dtype_name
 
-LARGEST_LATENT = 1000.0
+LARGEST_LATENT = 1e5
 """Latents above this have exploded. Those of an autoencoder have a standard deviation of about 1, as has the noise from
 which they are made, so values are below 10; the shipped weights reach 5."""
 

@@ -99,8 +99,10 @@ class Context(ABC):
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         """The network's output (B, out_channels, L, h, w) for the noisy chunk x.
 
-        All of ``timestep`` (B,) are the same. Pass only the first on to the network: it then computes the same numbers
-        for a video in a batch of any size.
+        Args:
+            x: (B, C, L, h, w).
+            timestep: (B,), or (1,) for all videos. Pass it on to the network as it is: with (1,), a video's numbers do
+                not depend on the batch size.
         """
 
     def state(self) -> dict[str, Tensor]:
@@ -159,7 +161,7 @@ class CachedContext(Context):
         self._plan = self.cache.plan(self.model.config.chunk_frames, clean=False)
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
-        out: Tensor = self.model(x, timestep[:1], self._plan, self.cache)
+        out: Tensor = self.model(x, timestep, self._plan, self.cache)
         return out
 
     def state(self) -> dict[str, Tensor]:
@@ -210,7 +212,7 @@ class RecomputedContext(Context):
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         if self._latents is not None:
             x = torch.cat([self._latents.to(x.dtype), x], dim=2)
-        out: Tensor = self.model(x, timestep[:1], self._plan, text=self._text)
+        out: Tensor = self.model(x, timestep, self._plan, text=self._text)
         return out
 
     def state(self) -> dict[str, Tensor]:

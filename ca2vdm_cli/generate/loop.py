@@ -223,7 +223,7 @@ def denoise_chunk(
         inputs = sampler.scale_input(i, x)
         if guidance_scale != 1:
             inputs = torch.cat([inputs, inputs])
-        timestep = torch.full((len(inputs),), sampler.timesteps[i], device=x.device)
+        timestep = torch.full((1,), sampler.timesteps[i], device=x.device)
         output = context.predict(inputs, timestep).float()
         if guidance_scale != 1:
             output = _guide(output, guidance_scale, x.shape[1])
