@@ -29,9 +29,10 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests")]  # when run as a program
 
 import hypothesis  # noqa: E402
-from fuzz_cases import KINDS, SHARES, Case  # noqa: E402
+from fuzz_cases import KINDS, SHARES  # noqa: E402
 from fuzz_material import Material, make_material  # noqa: E402
 from fuzz_run import LIMIT_WAIT, Outcome, run_case, run_program  # noqa: E402
+from fuzz_values import Case  # noqa: E402
 
 BATCH = 500
 """Cases per process."""
