@@ -11,11 +11,13 @@ stopped. KEY stands for the code and the cases: after a change of either, the ru
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
 import pickle
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,14 +31,17 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests")]  # when run as a program
 
 import hypothesis  # noqa: E402
-from fuzz_cases import KINDS, SHARES, Case  # noqa: E402
+from fuzz_cases import KINDS, SHARES  # noqa: E402
 from fuzz_material import Material, make_material  # noqa: E402
 from fuzz_run import LIMIT_WAIT, Outcome, run_case, run_program  # noqa: E402
+from fuzz_values import Case  # noqa: E402
 
 BATCH = 500
 """Cases per process."""
 PROGRAM_EVERY = 250
 """Each case of this number also runs as a program of its own, which must end in the same way."""
+PR_SET_PDEATHSIG = 1
+"""As in Linux's prctl.h: the signal that a process gets when its parent ends."""
 SILENCE_SECONDS = 4 * LIMIT_WAIT
 """A process that finishes no case for so long is killed; start-up takes some of it."""
 
@@ -95,7 +100,8 @@ class Batch:
 
 def run_batch(batch: Batch) -> None:
     """In a process of its own: generate the batch's cases, and run those that are not finished."""
-    material, parent = load_material(batch.folder), os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # one process at a time writes the results
+    material = load_material(batch.folder)
     finished = len(batch.lines())
     number = 0
     scratch = batch.folder / f"{batch.name}.scratch"
@@ -111,8 +117,6 @@ def run_batch(batch: Batch) -> None:
     @hypothesis.given(KINDS[batch.kind](material))
     def each(case: Case) -> None:
         nonlocal number
-        if os.getppid() != parent:
-            sys.exit("the run was stopped")
         if number >= finished:
             batch.current.write_bytes(pickle.dumps((number, case)))
             outcome = run_case(case, scratch)

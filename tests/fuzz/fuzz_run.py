@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from fuzz_cases import Case
+from fuzz_values import Case
 
 from ca2vdm_cli.__main__ import main
 from ca2vdm_cli.bench import estimate

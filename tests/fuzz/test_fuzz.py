@@ -12,9 +12,10 @@ from pathlib import Path
 import fuzz_campaign
 import hypothesis
 import pytest
-from fuzz_cases import KINDS, Case
+from fuzz_cases import KINDS
 from fuzz_material import Material, make_material
 from fuzz_run import run_case
+from fuzz_values import Case
 
 CASES = {"presets": 150, "models": 6, "headers": 40, "commands": 16, "videos": 30}
 """Cases of each kind in every test run."""
