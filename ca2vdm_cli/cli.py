@@ -378,15 +378,23 @@ def resume(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that was given with --run.")],
     from_frame: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Make another take that differs from frame N of the output on."),
+        typer.Option(
+            parser=_whole(1), metavar="N", help="Make another take that differs from frame N of the output on."
+        ),
     ] = None,
     run: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the new take.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the new take. Default: the same.")
+        int | None,
+        typer.Option(parser=_whole(0, LARGEST_SEED), metavar="N", help="Seed of the new take. Default: the same."),
     ] = None,
     prompt: PromptOption = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale of the new take.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Another length. Default: the run's.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(parser=_scale, metavar="SCALE", help="Guidance scale of the new take, at least 0.")
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(parser=_whole(1), metavar="N", help="Another length, at least the run's. Default: the run's."),
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="Another attention backend. Default: the run's.")] = None,
     device: Annotated[str | None, typer.Option(help="Another device. Default: the run's.")] = None,
     output: Annotated[

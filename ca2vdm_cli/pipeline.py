@@ -231,8 +231,8 @@ class Pipeline:
             frames: length in frames, including the given one; any number.
             first_frame: (H, W, channels) uint8 at the model's size; needed by weights that were not trained to start
                 from an empty context.
-            options: videos, seed, steps, sampler, strategy, context_frames, prompt, guidance, caption, on_step, journal;
-                see ``help(ca2vdm_cli.RunOptions)``.
+            options: videos, seed, steps, sampler, strategy, context_frames, prompt, guidance, caption, on_step,
+                journal; see ``help(ca2vdm_cli.RunOptions)``.
 
         Raises:
             UsageError: the request can't be met.
@@ -256,8 +256,8 @@ class Pipeline:
         Args:
             given: (T, H, W, channels) uint8 at the model's size; the last ones that fit the window are used.
             frames: number of new frames.
-            options: videos, seed, steps, sampler, strategy, context_frames, prompt, guidance, caption, on_step, journal;
-                see ``help(ca2vdm_cli.RunOptions)``.
+            options: videos, seed, steps, sampler, strategy, context_frames, prompt, guidance, caption, on_step,
+                journal; see ``help(ca2vdm_cli.RunOptions)``.
 
         Raises:
             UsageError: a request that can't be met.

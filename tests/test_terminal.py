@@ -28,7 +28,7 @@ def test_duration(seconds: float, text: str) -> None:
 def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     """A file's name may have any."""
     print_error(UserError("a\x1b[2Jb\x07\x9e.mp4: \ud800 ist größer als 9×9"))
-    note("→ c\x1b]0;title\x07.mp4\nnext line")
+    note("→ c\x1b]0;title\x07.mp4\nnext")
     assert capsys.readouterr().err == (
-        "error: a\\x1b[2Jb\\x07\\x9e.mp4: \\ud800 ist größer als 9×9\n→ c\\x1b]0;title\\x07.mp4\nnext line\n"
+        "error: a\\x1b[2Jb\\x07\\x9e.mp4: \\ud800 ist größer als 9×9\n→ c\\x1b]0;title\\x07.mp4\\nnext\n"
     )
