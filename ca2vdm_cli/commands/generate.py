@@ -326,7 +326,7 @@ class Generation:
             "cache_bytes": self.context_bytes if strategy == "cached" else 0,
             "context_bytes": self.context_bytes,
             "weights_bytes": pipeline.weights_bytes,
-            "output": self.targets[0] if self.num_videos == 1 else self.targets,
+            "output": self.targets[0] if self.num_videos == len(self.targets) == 1 else self.targets,
             "preset": pipeline.preset.name,
             "backend": pipeline.backend.name,
             "device": str(pipeline.model.device),
