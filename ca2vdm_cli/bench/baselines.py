@@ -152,5 +152,5 @@ class PerStepCachedContext(Context):
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         step = int((self._timesteps - timestep[0]).abs().argmin())
-        out: Tensor = self.model(x, timestep[:1], self._plan, self.step_caches[step])
+        out: Tensor = self.model(x, timestep, self._plan, self.step_caches[step])
         return out

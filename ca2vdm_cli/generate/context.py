@@ -95,11 +95,7 @@ class Context(ABC):
 
     @abstractmethod
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
-        """The network's output (B, out_channels, L, h, w) for the noisy chunk x.
-
-        All of ``timestep`` (B,) are the same. Pass only the first on to the network: it then computes the same numbers
-        for a video in a batch of any size.
-        """
+        """The network's output (B, out_channels, L, h, w) for the noisy chunk x."""
 
 
 class CachedContext(Context):
@@ -142,7 +138,7 @@ class CachedContext(Context):
         self._plan = self.cache.plan(self.model.config.chunk_frames, clean=False)
 
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
-        out: Tensor = self.model(x, timestep[:1], self._plan, self.cache)
+        out: Tensor = self.model(x, timestep, self._plan, self.cache)
         return out
 
 
@@ -187,7 +183,7 @@ class RecomputedContext(Context):
     def predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         if self._latents is not None:
             x = torch.cat([self._latents.to(x.dtype), x], dim=2)
-        out: Tensor = self.model(x, timestep[:1], self._plan, text=self._text)
+        out: Tensor = self.model(x, timestep, self._plan, text=self._text)
         return out
 
 

@@ -96,8 +96,7 @@ class CausalVideoTransformer(nn.Module):
         Args:
             latents: (B, C, T, h, w), clean frames first. With a cache, all frames are noisy (they read it) or all are
                 clean (they are written to it and counted, see ``KVCache.commit``).
-            timestep: (B,) of the noisy frames, or (B, J) of J noisy chunks; or (1,) for all videos, and a video's
-                numbers then do not depend on B. Clean frames always have timestep 0.
+            timestep: (B,) or (1,) of the noisy frames, or (B, J) of J noisy chunks. Clean frames always have timestep 0.
             plan: ``KVCache.plan`` with a cache; ``context_plan`` or ``parallel_plan`` without one.
             cache: finished frames of this video, updated in place.
             text: from ``text_keys_values``; the cache's by default.
@@ -169,7 +168,13 @@ class CausalVideoTransformer(nn.Module):
         return embedding, torch.ones(embedding.shape[:2], dtype=torch.bool, device=embedding.device)
 
     def _embed_timesteps(self, timestep: Tensor, clean: int, frames: int) -> Tensor:
-        """(B,) or (B, J) -> (B, T, D): 0 for clean frames, ``timestep`` for noisy ones; one vector per frame."""
+        """(B,) or (B, J) -> (B, T, D): 0 for clean frames, ``timestep`` for noisy ones; one vector per frame.
+
+        On a CPU, a timestep that all videos share is embedded once, (1, T, D): a product of a few rows rounds
+        differently for another number of rows, and a video's numbers would depend on B.
+        """
+        if not self.training and _all_equal(timestep):
+            timestep = timestep[:1]
         batch = timestep.shape[0]
         parts = []
         if clean:
@@ -297,6 +302,15 @@ class FinalLayer(nn.Module):
         shift, scale = (self.scale_shift_table + t[:, :, None]).unsqueeze(3).unbind(2)
         out: Tensor = self.linear(modulate(x, shift, scale))
         return out
+
+
+def _all_equal(timestep: Tensor) -> bool:
+    """Whether (B,) timesteps on a CPU are the same; on a GPU, looking at them would wait for it."""
+    if (
+        timestep.device.type != "cpu" or type(timestep) is not Tensor or timestep.ndim > 1
+    ):  # a fake tensor has no values
+        return False
+    return bool((timestep == timestep[0]).all())
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
