@@ -1,10 +1,11 @@
-"""Training in separate processes: killed at any moment and resumed, and split between two processes."""
+"""Separate processes: training that is killed and resumed; training and sampling that two processes share."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 
+from ca2vdm_cli import processes
 from ca2vdm_cli.checkpoint import load_tensors
-from ca2vdm_cli.config import Optimizer, TrainingConfig
+from ca2vdm_cli.config import Optimizer, Precision, TrainingConfig
 from ca2vdm_cli.errors import UsageError
+from ca2vdm_cli.processes import make_accelerator
 from ca2vdm_cli.training.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
 from ca2vdm_cli.training.sharding import DeepSpeedSharding, make_sharding
 
@@ -146,13 +149,13 @@ def test_two_processes_train_as_one_does(tmp_path: Path, autoencoder: list[str])
     ours, theirs = (load_tensors(tmp_path / run / WEIGHTS_FILE)[0] for run in ("two", "one"))
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in theirs)
     sample = ["sample", "--preset", str(tmp_path / "two"), "--backend", "eager", "--device", "cpu", "--frames", "6"]
-    for name, processes in (("alone", 1), ("shared", 2)):
+    for name, count in (("alone", 1), ("shared", 2)):
         output = tmp_path / name / "video.npz"
-        assert run(*sample, "--num-videos", "3", "--quiet", "-o", str(output), processes=processes) == 0
+        assert run(*sample, "--num-videos", "3", "--quiet", "-o", str(output), processes=count) == 0
         assert sorted(path.name for path in output.parent.iterdir()) == [f"video-{k:02d}.npz" for k in range(3)]
     for k in range(3):
         ours, theirs = (np.load(tmp_path / name / f"video-{k:02d}.npz")["frames"] for name in ("shared", "alone"))
-        assert np.abs(ours.astype(int) - theirs).max() <= 1  # in another batch size, sums may round differently
+        assert np.array_equal(ours, theirs)
 
 
 def test_two_processes_share_weights_by_fsdp(tmp_path: Path, autoencoder: list[str]) -> None:
@@ -249,3 +252,49 @@ def test_unsupported_settings_of_fsdp(version: int, units: int | None, expected:
     )
     with pytest.raises(UsageError, match=expected):
         make_sharding(accelerator)
+
+
+def test_one_report_for_the_videos_of_all_processes(tmp_path: Path, autoencoder: list[str]) -> None:
+    """Also with a process that has none of the videos."""
+    assert run(*TRAIN, *autoencoder, "--steps", "1", "--out", str(tmp_path / "run")) == 0
+    sample = ["sample", "--preset", str(tmp_path / "run"), "--backend", "eager", "--device", "cpu", "--steps", "1"]
+    for count in (1, 3):
+        output = ["--num-videos", str(count), "-o", str(tmp_path / f"{count}.npz"), "--frames", "5", "--json"]
+        report = json.loads(launch(*sample, *output, processes=2).stdout)
+        outputs = report["output"] if count > 1 else [report["output"]]
+        assert (report["processes"], report["num_videos"], len(outputs)) == (2, count, count)
+        assert all(np.load(path)["frames"].shape == (5, 32, 32, 3) for path in outputs)
+        assert report["frames_per_second"] * report["seconds"] == pytest.approx(5 * count)
+
+
+def test_a_process_does_not_wait_for_others_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "JOIN_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    advice = "start all with torchrun, or unset RANK and WORLD_SIZE"
+    for rank, expected in (
+        (1, r"none of 3 processes can be reached \(Connection refused\); "),
+        (0, r"1 of 3 processes can be reached \(after 0.3 s\); "),
+    ):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(UsageError, match=f"WORLD_SIZE: {expected}{advice}"):
+            processes.Group()
+
+
+def test_variables_of_a_launcher_are_ignored_if_some_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in processes.LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    assert processes.launched() == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes.launched() == (0, 1)
+    assert len(processes.Group().gather({"frames": 1})) == 1
+    make_accelerator("cpu", Precision.FLOAT32)  # accelerate would look for the address
+    assert "WORLD_SIZE" not in os.environ
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert processes.launched() == (1, 2)

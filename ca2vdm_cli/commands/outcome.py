@@ -20,6 +20,7 @@ def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def values(key: str) -> list[Any]:
         return [report[key] for report in reports if report[key] is not None]
 
+    outputs = [name for output in values("output") for name in ([output] if isinstance(output, str) else output)]
     seconds = max(values("seconds"))
     together = {key: max(values(key)) for key in reports[0] if key.endswith("_bytes")}
     together |= {key: max(values(key)) for key in reports[0] if key.endswith("_seconds") and values(key)}
@@ -30,9 +31,7 @@ def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         | {
             "num_videos": sum(values("num_videos")),
             "resumed_frames": sum(values("resumed_frames")),
-            "output": [
-                name for output in values("output") for name in ([output] if isinstance(output, str) else output)
-            ],
+            "output": outputs[0] if len(outputs) == 1 else outputs,
             "seconds": seconds,
             "first_chunk_seconds": min(values("first_chunk_seconds"), default=None),
             "frames_per_second": frames / seconds,

@@ -48,8 +48,8 @@ def check_latents(latents: Tensor, first_frame: int, videos: Sequence[int], dtyp
         for video, peak in zip(videos, (row[t] for row in peaks), strict=True):
             if not peak <= LARGEST_LATENT:
                 place = f"frame {first_frame + t}" + (f" of video {video}" if len(videos) > 1 else "")
-                fault = f"have exploded to {peak:.1e}" if math.isfinite(peak) else "are not finite"
-                raise UserError(f"{place}: the model's latents {fault} in {dtype_name(dtype)}; {_advice(dtype)}")
+                fault = f"has exploded to {peak:.1e}" if math.isfinite(peak) else "is not finite"
+                raise UserError(f"{place}: the model's output {fault} in {dtype_name(dtype)}; {_advice(dtype)}")
 
 
 def _advice(dtype: torch.dtype) -> str:

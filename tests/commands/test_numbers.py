@@ -95,9 +95,9 @@ PIXELS = ["--set", "autoencoder.kind=faulty"]
 @pytest.mark.parametrize(
     ("where", "fault", "expected"),
     [
-        (LATENTS, put(float("nan")), "frame 11: the model's latents are not finite in float32; use other weights"),
-        (LATENTS, put(float("-inf")), "frame 11: the model's latents are not finite in float32; use other weights"),
-        (LATENTS, put(-2e6), "frame 11: the model's latents have exploded to 2.0e+06 in float32; use other weights"),
+        (LATENTS, put(float("nan")), "frame 11: the model's output is not finite in float32; use other weights"),
+        (LATENTS, put(float("-inf")), "frame 11: the model's output is not finite in float32; use other weights"),
+        (LATENTS, put(-2e6), "frame 11: the model's output has exploded to 2.0e+06 in float32; use other weights"),
         (PIXELS, put(float("nan")), "frame 11: the autoencoder's pixels are not finite; check its weights"),
         (PIXELS, put(float("inf")), "frame 11: the autoencoder's pixels are not finite; check its weights"),
         (PIXELS, use_up_memory, "out of memory; use a smaller batch, window or size (ca2vdm plan says what fits)"),
