@@ -22,9 +22,10 @@ from ca2vdm_cli import STARTED
 from ca2vdm_cli.errors import UsageError, UserError
 from ca2vdm_cli.interrupts import held_interrupts, released_interrupts
 from ca2vdm_cli.pipeline import Pipeline, RunOptions, VideoChunk
+from ca2vdm_cli.presets import to_mapping
 from ca2vdm_cli.processes import group, launched
 from ca2vdm_cli.runs.manifest import Manifest, manifest_path, output_sha256, video_metadata, write_manifest
-from ca2vdm_cli.runs.provenance import Provenance
+from ca2vdm_cli.runs.provenance import Provenance, settings_sha256
 from ca2vdm_cli.runs.record import Request, RunFolder, RunRecord
 from ca2vdm_cli.runtime import dtype_name, peak_memory
 from ca2vdm_cli.terminal import ProgressBar, note, print_json, print_run_report, status
@@ -124,12 +125,17 @@ class Generation:
         """Prepare to write one output; an empty name discards the frames."""
         if not target:
             return _Discarded()  # type: ignore[return-value]
+        preset = self.pipeline.preset
+        if self.record is None:
+            settings = settings_sha256(to_mapping(preset.config))
+        else:
+            settings = self.record.provenance.settings_sha256
         return open_writer(
             target,
             format=self.request.format,
             fps=_rate(self.request.fps),
             overwrite=self.output.overwrite,
-            metadata=video_metadata(self.pipeline, self.request, self._command_line()),
+            metadata=video_metadata(preset.name, settings, self.request, self._command_line()),
         )
 
     def _check_manifest(self, target: str) -> None:

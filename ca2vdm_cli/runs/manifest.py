@@ -12,10 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from ca2vdm_cli import __version__
 from ca2vdm_cli.errors import UserError
 from ca2vdm_cli.files import file_sha256, read_json, write_json
-from ca2vdm_cli.pipeline import Pipeline
-from ca2vdm_cli.presets import to_mapping
 
-from .provenance import Provenance, settings_sha256
+from .provenance import Provenance
 from .record import Parent, Request
 
 FORMAT = 1
@@ -76,9 +74,9 @@ def output_sha256(output: str) -> str | None:
     return file_sha256(Path(output)) if os.path.isfile(output) else None
 
 
-def video_metadata(pipeline: Pipeline, request: Request, command_line: list[str]) -> dict[str, str]:
+def video_metadata(preset: str, settings_sha256: str, request: Request, command_line: list[str]) -> dict[str, str]:
     """Title and comment for the video file of a request."""
-    seed, settings = request.options.get("seed", 0), settings_sha256(to_mapping(pipeline.config))
-    title = request.options.get("prompt") or f"{pipeline.preset.name}, seed {seed}"
-    preset = f"preset {pipeline.preset.name} (settings {settings[:12]})"
+    seed = request.options.get("seed", 0)
+    title = request.options.get("prompt") or f"{preset}, seed {seed}"
+    preset = f"preset {preset} (settings {settings_sha256[:12]})"
     return {"title": title, "comment": f"ca2vdm {__version__}, {preset}, seed {seed}: {shlex.join(command_line)}"}

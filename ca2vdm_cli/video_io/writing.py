@@ -145,10 +145,10 @@ class VideoWriter:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._kind is OutputFormat.NPZ:
                 return Archive(self._path, height, width)
-        encoder = Encoder(self._kind, self._fps, height, width, self._metadata)
-        if self._path and not special:
+        if self._path and not special:  # metadata comes last: partial files of the same frames are the same
+            encoder = Encoder(self._kind, self._fps, height, width)
             return MovieFile(self._path, self._kind, encoder, self._metadata)
-        return MovieStream(self._path, encoder)
+        return MovieStream(self._path, Encoder(self._kind, self._fps, height, width, self._metadata))
 
     def __enter__(self) -> VideoWriter:
         return self

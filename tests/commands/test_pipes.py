@@ -143,7 +143,7 @@ def test_killed_sample_leaves_its_finished_chunks(start: Any, generate: list[str
     wait_for(tmp_path / "out.partial.mp4")
     sample.kill()
     sample.communicate(timeout=TIMEOUT)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial.mp4"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["out.partial.mp4"]
     frames = len(load(tmp_path / "out.partial.mp4"))
     assert frames > 0
     again = start("sample", *generate, "--frames", str(frames + 4), "-o", "out.mp4")

@@ -264,8 +264,8 @@ def test_a_full_disk(make: Make, weights: Path, refused: Refused, monkeypatch: p
         patch.setattr(atomic, "to_disk", full)
         request = ["sample", "--preset", weights, *GENERATE, "--frames", FRAMES, "-q", "--run", "take", "-o", "o.npz"]
         line = refused(1, *request)
-    assert "cannot be written (No space left on device); check permissions and free space; continue with" in line
-    assert line.endswith("continue with: ca2vdm resume take")
+    assert "cannot be written (No space left on device); check permissions and free space; 1" in line
+    assert line.endswith("finished frames are in o.npz; continue with: ca2vdm resume take")
     assert 0 < len(load("o.npz")) < FRAMES
     resume()
     assert max(apart(load("o.npz"), whole)) == 0
