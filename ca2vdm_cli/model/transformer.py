@@ -96,7 +96,7 @@ class CausalVideoTransformer(nn.Module):
         Args:
             latents: (B, C, T, h, w), clean frames first. With a cache, all frames are noisy (they read it) or all are
                 clean (they are written to it and counted, see ``KVCache.commit``).
-            timestep: (B,) or (1,) of the noisy frames, or (B, J) of J noisy chunks. Clean frames always have timestep 0.
+            timestep: (B,) of the noisy frames, or (B, J) of J noisy chunks. Clean frames always have timestep 0.
             plan: ``KVCache.plan`` with a cache; ``context_plan`` or ``parallel_plan`` without one.
             cache: finished frames of this video, updated in place.
             text: from ``text_keys_values``; the cache's by default.
@@ -306,9 +306,8 @@ class FinalLayer(nn.Module):
 
 def _all_equal(timestep: Tensor) -> bool:
     """Whether (B,) timesteps on a CPU are the same; on a GPU, looking at them would wait for it."""
-    if (
-        timestep.device.type != "cpu" or type(timestep) is not Tensor or timestep.ndim > 1
-    ):  # a fake tensor has no values
+    has_values = timestep.device.type == "cpu" and type(timestep) is Tensor  # a fake tensor has none
+    if not has_values or timestep.ndim > 1:
         return False
     return bool((timestep == timestep[0]).all())
 
