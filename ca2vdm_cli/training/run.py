@@ -96,6 +96,7 @@ def prepare(start: Start, inputs: Inputs, last: Checkpoint | None, out: Path, ca
     )
     dtype = torch.bfloat16 if computes_half(config.training.precision, accelerator.device) else torch.float32
     machine = Machine(accelerator, choose_backend(start.backend, accelerator.device, dtype), dtype)
+    source = open_source(inputs.data, config, inputs.seed, "data")
     needs = training_needs(
         config,
         dtype,
@@ -105,7 +106,6 @@ def prepare(start: Start, inputs: Inputs, last: Checkpoint | None, out: Path, ca
         teacher=distill,
     )
     check_memory(needs, accelerator.device, force=start.force)
-    source = open_source(inputs.data, config, inputs.seed, "data")
     for line in source.notes if isinstance(source, Clips) else ():
         callbacks.note(line)
     if inputs.cache_latents is not None:

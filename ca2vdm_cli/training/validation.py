@@ -44,6 +44,8 @@ SHEET_COLUMNS = 14
 
 Text = tuple[Tensor, Tensor] | None
 """Embeddings and masks of captions; None for a model without text."""
+LARGEST_SHOWN = 100.0
+"""Limit of generated latents that are decoded; those of an autoencoder are below 10."""
 
 
 @dataclass(frozen=True)
@@ -239,8 +241,9 @@ class Validator:
         return encode_video(self.data.autoencoder, pixels)
 
     def _decode(self, latents: Tensor) -> Frame:
-        """(B, c, T, h, w) -> (B, T, H, W, C) uint8."""
-        return decode_video(self.data.autoencoder, latents).cpu().numpy()
+        """(B, c, T, h, w) -> (B, T, H, W, C) uint8. A young model's latents may explode, which must not end training."""
+        bounded = latents.nan_to_num(0.0).clamp(-LARGEST_SHOWN, LARGEST_SHOWN)
+        return decode_video(self.data.autoencoder, bounded).cpu().numpy()
 
 
 def _halves(clips: list[Clip]) -> tuple[list[Clip], list[Clip]]:

@@ -307,7 +307,7 @@ WRONG: list[tuple[list[object], str]] = [
     (["sample", "--preset", "W", "--steps", 5000], "error: --steps: 5000 must be from 1 to 1000"),
     (
         ["sample", "--preset", "W", "--seed", 2**63],
-        "--seed': Input should be less than or equal to 9223372036854775807",
+        "--seed': '9223372036854775808' is not a whole number from 0 to 9223372036854775807",
     ),
     (["sample", "--preset", "W", "--frames", 0], "'--frames'"),
     (["sample", "--preset", "W", "--frames", "many"], "'--frames'"),

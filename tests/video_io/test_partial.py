@@ -136,7 +136,7 @@ def test_metadata(tmp_path: Path, name: str) -> None:
         writer.write(make_clip(1)[0])
         assert writer.partial
         partial = writer.partial.read_bytes()
-    assert b"a title" in partial
+    assert b"a title" not in partial  # partial files of the same frames are the same, whatever the command
     with av.open(str(tmp_path / name)) as container:
         found = {key.lower(): value for key, value in container.metadata.items()}
     assert (found["title"], found["comment"]) == ("a title", '{"seed": 3}')
