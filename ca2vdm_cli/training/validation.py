@@ -241,7 +241,7 @@ class Validator:
         return encode_video(self.data.autoencoder, pixels)
 
     def _decode(self, latents: Tensor) -> Frame:
-        """(B, c, T, h, w) -> (B, T, H, W, C) uint8. A young model's latents may explode, which must not end training."""
+        """(B, c, T, h, w) -> (B, T, H, W, C) uint8. The latents of a young model may explode, which is no error."""
         bounded = latents.nan_to_num(0.0).clamp(-LARGEST_SHOWN, LARGEST_SHOWN)
         return decode_video(self.data.autoencoder, bounded).cpu().numpy()
 
