@@ -8,11 +8,11 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -29,13 +29,16 @@ from ca2vdm_cli.training.sharding import DeepSpeedSharding, make_sharding
 pytestmark = pytest.mark.slow
 
 KILLED = -9
-# Kills the process (as ``kill -9`` does) at the n-th disk operation of saving; files are left half written.
+# Runs a command for each line of its input, in a fork, since PyTorch need then be loaded only once. Kills the fork (as
+# ``kill -9`` does) at the n-th disk operation of saving; files are left half written.
 DRIVER = """
-import os, pathlib, signal, sys
-from ca2vdm_cli.training import checkpoints
+import json, os, pathlib, signal, sys
+import accelerate, torch.utils.tensorboard, torch._dynamo
+from ca2vdm_cli.commands import generate, train
+from ca2vdm_cli.training import checkpoints, setup
 from ca2vdm_cli.__main__ import main
 
-left = int(sys.argv.pop(1))
+left = 0
 
 def fatal(function):
     def wrapped(*arguments, **options):
@@ -55,7 +58,13 @@ checkpoints.save_tensors = fatal(save_tensors)
 checkpoints.to_disk = fatal(checkpoints.to_disk)
 pathlib.Path.rename = fatal(pathlib.Path.rename)
 pathlib.Path.replace = fatal(pathlib.Path.replace)
-sys.exit(main())
+for line in sys.stdin:
+    kill, arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        left = kill
+        sys.exit(main(arguments))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 # FSDP between CPU processes, which accelerate supports on GPUs only.
 FSDP_DRIVER = """
@@ -81,34 +90,50 @@ TRAIN = ["train", "--preset", "tiny", "--backend", "eager", "--device", "cpu", "
 SETTINGS = ["--set", "training.batch_size=4", "--set", "training.checkpoint_every=1"]
 
 
+class Run(Protocol):
+    """Runs a command in a new process, on one thread; returns its exit code."""
+
+    def __call__(self, *arguments: str, kill: int = 0) -> int: ...
+
+
 @pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def run() -> Iterator[Run]:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", DRIVER], env=environment({}), **pipes) as driver:
+        assert driver.stdin and driver.stdout
+        stdin, stdout = driver.stdin, driver.stdout
+
+        def run(*arguments: str, kill: int = 0) -> int:
+            stdin.write(json.dumps([kill, arguments]) + "\n")
+            stdin.flush()
+            code = int(stdout.readline())
+            assert code in (0, KILLED)
+            return code
+
+        yield run
+        stdin.close()
+
+
+@pytest.fixture(scope="module")
+def autoencoder(run: Run, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A trained autoencoder, so that not every run trains one."""
     folder = tmp_path_factory.mktemp("autoencoder")
     assert run(*TRAIN, "--steps", "1", "--set", "training.autoencoder_steps=2", "--out", str(folder / "run")) == 0
     return ["--set", f"autoencoder_weights={folder / 'run' / 'autoencoder.safetensors'}"]
 
 
-def run(*arguments: str, kill: int = 0, processes: int = 1) -> int:
-    """Run the command in one or several new processes, on one thread each; returns its exit code."""
-    return launch(*arguments, kill=kill, processes=processes).returncode
+def environment(options: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **options}
 
 
 def launch(
-    *arguments: str,
-    kill: int = 0,
-    processes: int = 1,
-    options: dict[str, str] | None = None,
-    program: Sequence[str] = ("-m", "ca2vdm_cli"),
+    *arguments: str, options: dict[str, str] | None = None, program: Sequence[str] = ("-m", "ca2vdm_cli")
 ) -> subprocess.CompletedProcess[str]:
-    """Like ``run``, but returns the finished process; with more environment variables, or another program."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(options or {})}
-    command = [sys.executable, "-c", DRIVER, str(kill)]
-    if processes > 1:
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, "-m", *torchrun, *program]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode in (0, KILLED), done.stderr
+    """Run a command, or another program, in two new processes, with more environment variables."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, *program, *arguments]
+    done = subprocess.run(command, env=environment(options or {}), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -118,7 +143,9 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def test_a_run_that_is_killed_repeatedly_ends_like_an_uninterrupted_one(tmp_path: Path, autoencoder: list[str]) -> None:
+def test_a_run_that_is_killed_repeatedly_ends_like_an_uninterrupted_one(
+    run: Run, tmp_path: Path, autoencoder: list[str]
+) -> None:
     settings = [*TRAIN, *SETTINGS, *autoencoder, "--steps", "4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(*settings, "--out", str(whole)) == 0
@@ -140,25 +167,30 @@ def test_a_run_that_is_killed_repeatedly_ends_like_an_uninterrupted_one(tmp_path
     assert losses(parts) == losses(whole)
 
 
-def test_two_processes_train_as_one_does(tmp_path: Path, autoencoder: list[str]) -> None:
+def test_two_processes_train_as_one_does(run: Run, tmp_path: Path, autoencoder: list[str]) -> None:
     settings = [*TRAIN, *SETTINGS, *autoencoder, "--steps", "3"]
     assert run(*settings, "--out", str(tmp_path / "one")) == 0
-    report = json.loads(launch(*settings, "--json", "--out", str(tmp_path / "two"), processes=2).stdout)
+    report = json.loads(launch(*settings, "--json", "--out", str(tmp_path / "two")).stdout)
     assert report["processes"] == 2
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     ours, theirs = (load_tensors(tmp_path / run / WEIGHTS_FILE)[0] for run in ("two", "one"))
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in theirs)
     sample = ["sample", "--preset", str(tmp_path / "two"), "--backend", "eager", "--device", "cpu", "--frames", "6"]
-    for name, count in (("alone", 1), ("shared", 2)):
-        output = tmp_path / name / "video.npz"
-        assert run(*sample, "--num-videos", "3", "--quiet", "-o", str(output), processes=count) == 0
-        assert sorted(path.name for path in output.parent.iterdir()) == [f"video-{k:02d}.npz" for k in range(3)]
+    output = ["--num-videos", "3", "--json", "-o"]
+    assert run(*sample, *output[:2], "--quiet", "-o", str(tmp_path / "alone" / "video.npz")) == 0
+    report = json.loads(launch(*sample, *output, str(tmp_path / "shared" / "video.npz")).stdout)
+    names = [f"video-{k:02d}.npz" for k in range(3)]
+    assert (report["processes"], report["num_videos"]) == (2, 3)
+    assert [Path(path).name for path in report["output"]] == names
+    assert report["frames_per_second"] * report["seconds"] == pytest.approx(6 * 3)
+    for name in ("alone", "shared"):
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == names
     for k in range(3):
         ours, theirs = (np.load(tmp_path / name / f"video-{k:02d}.npz")["frames"] for name in ("shared", "alone"))
         assert np.array_equal(ours, theirs)
 
 
-def test_two_processes_share_weights_by_fsdp(tmp_path: Path, autoencoder: list[str]) -> None:
+def test_two_processes_share_weights_by_fsdp(run: Run, tmp_path: Path, autoencoder: list[str]) -> None:
     """With text and rollouts, which use weights outside ``forward``; the run continues that of one process."""
     driver = tmp_path / "driver.py"
     driver.write_text(FSDP_DRIVER)
@@ -173,7 +205,7 @@ def test_two_processes_share_weights_by_fsdp(tmp_path: Path, autoencoder: list[s
     for step in (3, 4):
         shutil.rmtree(tmp_path / "two" / "checkpoints" / f"step-{step:08d}")
     resume = ["train", "--resume", "--backend", "eager", "--device", "cpu", "--quiet", "--steps", "4"]
-    launch(*resume, "--out", str(tmp_path / "two"), processes=2, options=options, program=[str(driver)])
+    launch(*resume, "--out", str(tmp_path / "two"), options=options, program=[str(driver)])
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for file in (WEIGHTS_FILE, STATE_FILE):
         ours, theirs = (
@@ -189,7 +221,7 @@ def test_two_processes_share_weights_by_fsdp(tmp_path: Path, autoencoder: list[s
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: list[str]) -> None:
+def test_two_processes_share_moments_by_deepspeed(run: Run, tmp_path: Path, autoencoder: list[str]) -> None:
     """Losses equal those of one process, resuming is exact, and runs with and without DeepSpeed can resume each
     other."""
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}))
@@ -201,7 +233,7 @@ def test_two_processes_share_moments_by_deepspeed(tmp_path: Path, autoencoder: l
 
     def train(name: str, *arguments: str, by_deepspeed: bool) -> None:
         if by_deepspeed:
-            launch(*arguments, "--out", str(tmp_path / name), processes=2, options=options)
+            launch(*arguments, "--out", str(tmp_path / name), options=options)
         else:
             assert run(*arguments, "--out", str(tmp_path / name)) == 0
 
@@ -254,17 +286,12 @@ def test_unsupported_settings_of_fsdp(version: int, units: int | None, expected:
         make_sharding(accelerator)
 
 
-def test_one_report_for_the_videos_of_all_processes(tmp_path: Path, autoencoder: list[str]) -> None:
-    """Also with a process that has none of the videos."""
+def test_a_process_that_has_no_video(run: Run, tmp_path: Path, autoencoder: list[str]) -> None:
     assert run(*TRAIN, *autoencoder, "--steps", "1", "--out", str(tmp_path / "run")) == 0
     sample = ["sample", "--preset", str(tmp_path / "run"), "--backend", "eager", "--device", "cpu", "--steps", "1"]
-    for count in (1, 3):
-        output = ["--num-videos", str(count), "-o", str(tmp_path / f"{count}.npz"), "--frames", "5", "--json"]
-        report = json.loads(launch(*sample, *output, processes=2).stdout)
-        outputs = report["output"] if count > 1 else [report["output"]]
-        assert (report["processes"], report["num_videos"], len(outputs)) == (2, count, count)
-        assert all(np.load(path)["frames"].shape == (5, 32, 32, 3) for path in outputs)
-        assert report["frames_per_second"] * report["seconds"] == pytest.approx(5 * count)
+    report = json.loads(launch(*sample, "-o", str(tmp_path / "1.npz"), "--frames", "5", "--json").stdout)
+    assert (report["processes"], report["num_videos"], report["output"]) == (2, 1, str(tmp_path / "1.npz"))
+    assert np.load(report["output"])["frames"].shape == (5, 32, 32, 3)
 
 
 def test_a_process_does_not_wait_for_others_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
