@@ -74,10 +74,11 @@ def file_sha256(path: Path) -> str:
 def hold_lock(path: Path) -> int | None:
     """Lock a file, which is created if needed, until the returned handle is closed; None if another process holds it.
 
-    The lock ends with the process, however it ends. The file itself stays.
+    The lock ends with the process, however it ends. The file itself stays. On a file system without locks, nothing is
+    locked and nobody is refused.
 
     Raises:
-        OSError: it cannot be created or locked.
+        OSError: it cannot be created.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
@@ -85,9 +86,8 @@ def hold_lock(path: Path) -> int | None:
     except BlockingIOError:
         os.close(handle)
         return None
-    except BaseException:
-        os.close(handle)
-        raise
+    except OSError:  # a file system without locks
+        pass
     return handle
 
 
@@ -111,8 +111,10 @@ def is_locked(path: Path) -> bool:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # a file system without locks
+        return False
     finally:
         os.close(handle)
     return False
