@@ -8,7 +8,6 @@ any moment. ``checkpoint.json`` has the files' sizes and SHA-256, so that damage
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -22,6 +21,7 @@ from torch import Tensor
 from ca2vdm_cli.atomic import to_disk
 from ca2vdm_cli.checkpoint import load_tensors, save_tensors
 from ca2vdm_cli.errors import UserError, as_user_error
+from ca2vdm_cli.files import file_sha256
 
 MANIFEST_FILE = "checkpoint.json"
 _NAME = re.compile(r"step-([0-9]{8,12})")
@@ -88,7 +88,7 @@ class Checkpoints:
             save_tensors(partial / name, tensors, {"step": str(step)})
             with cannot_write(final):
                 to_disk(partial / name)
-                file_facts[name] = {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
+                file_facts[name] = {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
         with cannot_write(final):
             manifest = {"step": step, "facts": facts, "files": file_facts}
             (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -137,9 +137,7 @@ class Checkpoints:
             path = folder / name
             if Path(name).name != name or not path.is_file():
                 raise UserError(f"{folder}: {name} is missing")
-            with as_user_error(f"{path}: cannot be read"):
-                intact = path.stat().st_size == size and _digest(path) == digest
-            if not intact:
+            if path.stat().st_size != size or file_sha256(path) != digest:
                 raise UserError(f"{path}: damaged (its content differs from what was written)")
         return Checkpoint(folder, step, facts)
 
@@ -151,11 +149,3 @@ def cannot_write(path: Path) -> AbstractContextManager[None]:
 
 def _number(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
