@@ -20,7 +20,7 @@ SPIN_COUNT = "10000"
 """How often an idle OpenMP thread looks for work before it sleeps. GNU OpenMP's default is 300,000."""
 LOADING_BYTES = 850 * 2**20
 """Address space that PyTorch's CPU build and the smallest model need."""
-WITHOUT_TORCH = {"presets", "plugins", "runs", "--help", "-h", "--version"}
+WITHOUT_TORCH = {"presets", "plugins", "--help", "-h", "--version"}
 """Commands and flags that do not load PyTorch."""
 
 
